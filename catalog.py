@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with the item, or with 404."""
         path, _, item_id = self.path.partition("?")[0].rpartition("/")
         item_id = unquote(item_id)
-        if path != "/query" or not item_id:
+        if path != "/query":
             self.send_error(404, f"no such path: {self.path}")
         elif item_id not in ITEMS:
             self.send_error(404, f"no such item: {item_id}")

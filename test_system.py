@@ -152,8 +152,8 @@ def service(request, pair):
 Reply = collections.namedtuple("Reply", "status headers body")
 
 
-def connect(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=WAIT)
+def connect(port, host="127.0.0.1"):
+    return socket.create_connection((host, port), timeout=WAIT)
 
 
 def read_all(connection):
@@ -168,15 +168,15 @@ def parse(data):
     return Reply(int(status.split()[1]), dict(line.split(": ", 1) for line in headers), body)
 
 
-def send(port, request):
+def send(port, request, host="127.0.0.1"):
     """Send the bytes of a request; return the Reply."""
-    with connect(port) as connection:
+    with connect(port, host) as connection:
         connection.sendall(request)
         return parse(read_all(connection))
 
 
-def ask(port, path, method="GET"):
-    return send(port, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("latin-1"))
+def ask(port, path, method="GET", host="127.0.0.1"):
+    return send(port, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"), host)
 
 
 def error(reply, status):
@@ -334,7 +334,9 @@ def test_a_catalog_that_refuses_is_502_in_the_systems_words(start):
         address = "127.0.0.1:%d" % listener.getsockname()[1]
     front_end = start("front_end.py", CATALOG_ADDRESS=address)
     message = error(ask(front_end.port, "/lookup/1001"), 502)
-    assert address in message and "refused" in message and "CATALOG_ADDRESS" in message
+    assert f"the catalog at {address}: " in message and "CATALOG_ADDRESS" in message
+    if os.name == "posix":
+        assert f"{address}: Connection refused; " in message
     assert f"no answer from the catalog at {address}" in front_end.logged("refused")
 
 
@@ -432,7 +434,7 @@ def test_from_start_to_first_answer_takes_less_than_0_3_seconds(start):
         assert ask(catalog.port, "/query/1001").status == 200
         return time.monotonic() - begun
 
-    assert min(seconds() for _ in range(3)) < 0.3
+    assert min(seconds() for _ in range(5)) < 0.3
 
 
 def test_the_start_line_names_port_path_and_catalog(start):
@@ -482,7 +484,8 @@ def test_a_port_that_is_not_permitted_ends_it_with_one_line(start):
 
 def test_a_bad_catalog_address_ends_it_with_one_line(start):
     bad = ["http://catalog", "catalog/x", "a b", " catalog", "user@catalog", "", ":80", "catalog:", "catalog:0",
-           "catalog:65536", "catalog:http", "::1", "fe80::1:80", "[::1", "[catalog]:80", "catalog?x", "catalog\n"]
+           "catalog:65536", "catalog:http", "::1", "fe80::1:80", "[::1", "[catalog]:80", "catalog?x", "catalog\n",
+           "cat\xe1logo"]
     for address, service in [(address, start("front_end.py", CATALOG_ADDRESS=address)) for address in bad]:
         assert service.end() == 1
         expected = f"front_end: bad CATALOG_ADDRESS {address!r}; set it to host, host:port or [IPv6]:port\n"
@@ -676,6 +679,156 @@ def test_a_stop_waits_5_seconds_at_most_for_silent_clients(start):
         begun = time.monotonic()
         catalog.process.terminate()
         assert catalog.end() == 0 and time.monotonic() - begun < 5.5
+
+
+# ---- In containers: the steps of the README, on a real engine ----
+
+MARK = f"test-{os.getpid()}"  # in the name or label of all that these tests make
+
+def docker(*arguments, status=0):
+    """Run a docker command; return what it printed."""
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, cwd=HERE, timeout=300)
+    assert done.returncode == status, f"docker {' '.join(arguments)}: status {done.returncode}\n{done.stderr}"
+    return done.stdout.strip() if status == 0 else done.stderr
+
+
+class Container:
+    """A container in the background, started by `docker run` with these arguments."""
+
+    def __init__(self, *arguments):
+        self.id = docker("run", "--detach", "--label", MARK, *arguments)
+
+    @property
+    def log(self):
+        return subprocess.run(["docker", "logs", self.id], capture_output=True, text=True).stderr
+
+    def logged(self, text):
+        """Wait until text stands in the log; return the log."""
+        wait_until(lambda: text in self.log, lambda: f"no {text!r} in the log:\n{self.log}")
+        return self.log
+
+    @property
+    def ip(self):
+        return docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", self.id)
+
+    @property
+    def host_port(self):
+        return int(docker("port", self.id, "80").split()[0].rpartition(":")[2])
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The two images, built as the README does, but under tags of the test's own; by name."""
+    try:
+        docker("version")
+    except (OSError, AssertionError) as error:
+        pytest.skip(f"no Docker engine answers: {str(error).strip().splitlines()[-1]}")
+    tags = {name: f"{name}-{MARK}" for name in PATHS}
+    try:
+        for name, tag in tags.items():
+            docker("build", ".", "-f", f"Dockerfile.{name}", "-t", tag)
+        yield tags
+    finally:
+        subprocess.run(["docker", "rmi", "--force", *tags.values()], capture_output=True)
+
+
+@pytest.fixture
+def run(images):
+    """A function that starts a container of image "catalog" or "front_end" and waits until it listens."""
+
+    def run(name, *arguments):
+        container = Container(*arguments, images[name])
+        container.logged(", try /")
+        return container
+
+    yield run
+    if left := docker("ps", "--all", "--quiet", "--filter", f"label={MARK}").split():
+        docker("rm", "--force", *left)
+
+
+@pytest.fixture
+def network(images):
+    """The name of a new network; ask for it before run, so that it goes after the containers have gone."""
+    docker("network", "create", MARK)
+    yield MARK
+    docker("network", "rm", MARK)
+
+
+@pytest.fixture
+def host_reaches_containers(images):
+    if sys.platform != "linux" or "Desktop" in docker("info", "-f", "{{.OperatingSystem}}"):
+        pytest.skip("Docker Desktop: containers are in a virtual machine, out of the host's reach")
+
+
+def ask_inside(front_end):
+    """Ask for a lookup from within the container, which works on any network and any kind of Docker."""
+    return docker("exec", front_end.id, "wget", "-qO-", "127.0.0.1/lookup/1001").encode() + b"\n"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_an_image_is_small_not_root_and_holds_only_its_script(images, name):
+    image = images[name]
+    assert docker("run", "--rm", image, "id", "-u") not in ("", "0")
+    assert docker("run", "--rm", image, "ls", "-A", "/app") == f"{name}.py"
+    sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", i)) for i in (image, "python:3.14-alpine")]
+    assert sizes[0] - sizes[1] < 4_000_000
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_docker_ps_shows_the_command_and_the_port(run, name):
+    shown = docker("ps", "--filter", f"id={run(name).id}", "--format", "{{.Command}} {{.Ports}}")
+    assert shown == f'"python {name}.py" 80/tcp'
+
+
+def test_first_step_the_host_asks_the_catalog_at_its_bridge_address(run, host_reaches_containers):
+    assert ask(80, "/query/1001", host=run("catalog").ip).body == BOOKS["1001"]
+
+
+def test_second_step_the_catalogs_log_shows_the_front_ends_address(run, host_reaches_containers):
+    catalog = run("catalog")
+    front_end = run("front_end", "-e", f"CATALOG_ADDRESS={catalog.ip}:80")
+    assert ask(80, "/lookup/1001", host=front_end.ip).body == BOOKS["1001"]
+    assert f'{front_end.ip} - - ' in catalog.logged('"GET /query/1001')
+
+
+def test_by_name_the_front_end_finds_the_catalog_and_its_successor(network, run):
+    named = ("--network", network, "--network-alias", "catalog")
+    catalog, front_end = run("catalog", *named), run("front_end", "--network", network)
+    assert ask_inside(front_end) == BOOKS["1001"]
+    successor = run("catalog", *named)  # while the first still has its address, so it gets another
+    docker("stop", catalog.id)
+    assert ask_inside(front_end) == BOOKS["1001"]
+    assert front_end.ip in successor.logged('"GET /query/1001')
+
+
+def test_final_step_published_ports_reach_across_hosts(run):
+    catalog = run("catalog", "-p", "80")
+    front_end = run(
+        "front_end", "-p", "80", "--add-host", "host.docker.internal=host-gateway",
+        "-e", f"CATALOG_ADDRESS=host.docker.internal:{catalog.host_port}",
+    )  # fmt: skip
+    assert ask(front_end.host_port, "/lookup/1002").body == BOOKS["1002"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_docker_stop_is_quick_with_status_0(run, name):
+    container = run(name)
+    begun = time.monotonic()
+    docker("stop", container.id)
+    assert time.monotonic() - begun < 2
+    assert docker("inspect", "-f", "{{.State.ExitCode}}", container.id) == "0"
+
+
+def test_a_bad_catalog_address_ends_the_container_with_one_line(images):
+    errors = docker("run", "--rm", "-e", "CATALOG_ADDRESS=http://catalog", images["front_end"], status=1)
+    assert errors == "front_end: bad CATALOG_ADDRESS 'http://catalog'; set it to host, host:port or [IPv6]:port\n"
+
+
+def test_hardened_containers_serve_as_any_other(network, run):
+    hardened = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", network)
+    run("catalog", *hardened, "--network-alias", "catalog")
+    front_end = run("front_end", *hardened)
+    assert ask_inside(front_end) == BOOKS["1001"]
 
 
 # ---- The text of the two files ----
