@@ -831,10 +831,60 @@ def test_hardened_containers_serve_as_any_other(network, run):
     assert ask_inside(front_end) == BOOKS["1001"]
 
 
-# ---- The text of the two files ----
+# ---- The texts: the two files, the README ----
 
 
 def test_what_both_scripts_need_is_the_same_text_in_both():
     texts = [(HERE / script).read_text(encoding="utf-8") for script in ("catalog.py", "front_end.py")]
     catalog, front_end = (text.partition("    # ---- From here on")[2] for text in texts)
     assert catalog and catalog == front_end.replace("    check_address()\n", "", 1)
+
+
+def shape(line):
+    """Return a line with what differs from run to run taken out: addresses, ports, dates, the system's reasons."""
+    line = re.sub(r"(catalog at )[\w.]+:\d+", r"\1ADDRESS", line)
+    line = re.sub(r"(ADDRESS|PORT=\d+): [^;]*;", r"\1: REASON;", line)
+    line = re.sub(r"(PORT=|listening on port )\d+", r"\1N", line)
+    return re.sub(r"^[\d.]+ - - \[.*?\]", "CLIENT - - [DATE]", line)
+
+
+def test_the_readme_and_the_docstrings_show_what_the_services_say(start):
+    catalog = start("catalog.py")
+    front_end = start("front_end.py", CATALOG_ADDRESS=catalog.address)
+    replies = [ask(catalog.port, f"/query/{item_id}") for item_id in BOOKS]
+    replies += [ask(front_end.port, f"/lookup/{item_id}") for item_id in BOOKS]
+    replies += [ask(front_end.port, "/query/1001")]
+    second = start("catalog.py", PORT=str(catalog.port))
+    misled = start("front_end.py", CATALOG_ADDRESS="http://172.17.0.2:80")
+    assert second.end() == misled.end() == 1
+    catalog.stop()
+    replies += [ask(front_end.port, "/lookup/1001")]
+    front_end.stop()
+    said = [line for service in (catalog, front_end, second, misled) for line in service.log.splitlines()]
+    said += [reply.body.decode().strip() for reply in replies]
+    said += [json.loads(reply.body)["error"]["message"] for reply in replies if reply.status >= 400]
+
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in ("README.md", "catalog.py", "front_end.py")]
+    texts[1:] = [text.split('"""')[1] for text in texts[1:]]
+    shown = [line.strip() for text in texts for line in text.splitlines()] + re.findall("`([^`\n]+)`", texts[0])
+    begins = ('{"data":{"name":"', '{"error":{"code":5', "catalog: ", "front_end: ", "front_end (", "no such path: ")
+    shown = [line for line in shown if line.startswith(begins) or re.match(r"[\d.]+ - - \[", line)]
+
+    known = {shape(line) for line in said}
+    assert [line for line in shown if shape(line) not in known] == []
+    assert [begin for begin in begins if not any(line.startswith(begin) for line in shown)] == []
+
+
+def test_the_readme_names_the_defaults_the_limits_and_the_files_that_there_are():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    program = "import catalog as c, front_end as f; print(c.PORT, f.PORT, f.CATALOG_ADDRESS, c.TIMEOUT, f.TIMEOUT)"
+    env = {name: value for name, value in os.environ.items() if name not in ("PORT", "CATALOG_ADDRESS")}
+    run = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, capture_output=True, text=True, check=True)
+    ports, address, limits = run.stdout.split()[:2], run.stdout.split()[2], run.stdout.split()[3:]
+    images = [dict(re.findall(r"(\w+)=(\S+)", (HERE / f"Dockerfile.{name}").read_text(encoding="utf-8"))) for name in PATHS]
+    assert f"| `PORT` | catalog | `{ports[0]}` | `{images[0]['PORT']}` |" in readme
+    assert f"| `PORT` | front end | `{ports[1]}` | `{images[1]['PORT']}` |" in readme
+    assert f"| `CATALOG_ADDRESS` | front end | `{address}` | `{images[1]['CATALOG_ADDRESS']}` |" in readme
+    assert limits == re.findall(r"silent for (\d+) seconds", readme)[:1] * 2
+    for name in re.findall(r"\b(?:\w+\.py|Dockerfile\.\w+)\b", readme):
+        assert (HERE / name).is_file(), name
