@@ -114,10 +114,10 @@ class Incoming(io.RawIOBase):
 class Server(ThreadingHTTPServer):
     """Accepts connections, and hands each to a thread of a pool."""
 
-    pool = ThreadPoolExecutor(1000)  # at the end of the program, Python waits for what they have in hand
+    pool = ThreadPoolExecutor(1000)  # threads, started as needed; the program ends when they are done
     allow_reuse_address = os.name == "posix"  # on Windows this would let two servers share a port
     request_queue_size = 1024  # connections that may wait in line; http.server's 5 keeps a crowd out
-    timeout = 0.05  # seconds that handle_request() waits for a connection; 0 when it is time to stop
+    timeout = 0.05  # seconds that handle_request() waits for a connection; 0 from stop() on
 
     def server_bind(self):
         super(HTTPServer, self).server_bind()  # not HTTPServer's: its DNS lookup can take seconds
@@ -131,6 +131,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def stop(self, *_):
+        """Handle a signal: let main() know that it is time to stop."""
         self.timeout = 0
 
 
