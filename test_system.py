@@ -683,6 +683,7 @@ def test_a_stop_waits_5_seconds_at_most_for_silent_clients(start):
 
 # ---- In containers: the steps of the README, on a real engine ----
 
+BASE = "python:3.14-alpine"
 MARK = f"test-{os.getpid()}"  # in the name or label of all that these tests make
 
 def docker(*arguments, status=0):
@@ -719,10 +720,18 @@ class Container:
 @pytest.fixture(scope="module")
 def images():
     """The two images, built as the README does, but under tags of the test's own; by name."""
-    try:
-        docker("version")
-    except (OSError, AssertionError) as error:
-        pytest.skip(f"no Docker engine answers: {str(error).strip().splitlines()[-1]}")
+
+    def problem(*arguments):
+        try:
+            done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=300)
+            return done.returncode and done.stderr.strip()
+        except OSError as error:
+            return error
+
+    if reason := problem("version"):
+        pytest.skip(f"no Docker engine answers: {reason}")
+    if problem("image", "inspect", BASE) and (reason := problem("pull", BASE)):
+        pytest.skip(f"no base image: {reason}")
     tags = {name: f"{name}-{MARK}" for name in PATHS}
     try:
         for name, tag in tags.items():
@@ -770,7 +779,7 @@ def test_an_image_is_small_not_root_and_holds_only_its_script(images, name):
     image = images[name]
     assert docker("run", "--rm", image, "id", "-u") not in ("", "0")
     assert docker("run", "--rm", image, "ls", "-A", "/app") == f"{name}.py"
-    sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", i)) for i in (image, "python:3.14-alpine")]
+    sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", i)) for i in (image, BASE)]
     assert sizes[0] - sizes[1] < 4_000_000
 
 
@@ -804,7 +813,7 @@ def test_by_name_the_front_end_finds_the_catalog_and_its_successor(network, run)
 def test_final_step_published_ports_reach_across_hosts(run):
     catalog = run("catalog", "-p", "80")
     front_end = run(
-        "front_end", "-p", "80", "--add-host", "host.docker.internal=host-gateway",
+        "front_end", "-p", "80", "--add-host", "host.docker.internal:host-gateway",
         "-e", f"CATALOG_ADDRESS=host.docker.internal:{catalog.host_port}",
     )  # fmt: skip
     assert ask(front_end.host_port, "/lookup/1002").body == BOOKS["1002"]
