@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from urllib.parse import unquote
 
 NAME, EXAMPLE = "catalog", "/query/1001"
+START = f"try {EXAMPLE}"  # ends the start line
 PORT = os.environ.get("PORT", "8080")
 TIMEOUT = 5  # seconds that a client has to send its request
 ITEMS = {
@@ -124,7 +125,7 @@ def main():
         sys.exit(f"{NAME}: can't listen on PORT={PORT}: {reason}; set PORT to another number")
     signal.signal(signal.SIGINT, server.stop)
     signal.signal(signal.SIGTERM, server.stop)
-    print(f"{NAME}: listening on port {server.server_address[1]}, try {EXAMPLE}", file=sys.stderr)
+    print(f"{NAME}: listening on port {server.server_address[1]}, {START}", file=sys.stderr)
     while server.timeout:
         server.handle_request()
     for _ in range(server.request_queue_size):  # who waits in line already is still served

@@ -1,7 +1,7 @@
 """The front end: answers GET /lookup/<item_id> by asking the catalog, and relays its answer.
 
     $ python front_end.py
-    front_end (catalog at localhost:8080): listening on port 8000, try /lookup/1001
+    front_end: listening on port 8000, try /lookup/1001 (catalog at localhost:8080)
 
     $ curl localhost:8000/lookup/1001
     {"data":{"name":"RPCs for Dummies","price":14.99,"quantity":10}}
@@ -22,7 +22,8 @@ from urllib.parse import quote, unquote_to_bytes
 from urllib.request import HTTPHandler, OpenerDirector
 
 CATALOG_ADDRESS = os.environ.get("CATALOG_ADDRESS", "localhost:8080")
-NAME, EXAMPLE = f"front_end (catalog at {CATALOG_ADDRESS})", "/lookup/1001"
+NAME, EXAMPLE = "front_end", "/lookup/1001"
+START = f"try {EXAMPLE} (catalog at {CATALOG_ADDRESS})"  # ends the start line
 PORT = os.environ.get("PORT", "8000")
 TIMEOUT = 5  # seconds that a client has to send its request, and the catalog to answer
 FAILURES = (OSError, HTTPException, ValueError, OverflowError, MemoryError)  # the last three come of garbage
@@ -35,7 +36,7 @@ def check_address():
     """Exit with one line unless CATALOG_ADDRESS is a name, an IPv4 or a bracketed IPv6 address, and maybe a port."""
     match = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:([0-9]{1,5}))?", CATALOG_ADDRESS, re.ASCII)
     if not match or not 0 < int(match[3] or 80) < 65536:
-        sys.exit(f"front_end: bad CATALOG_ADDRESS {CATALOG_ADDRESS!r}; set it to host, host:port or [IPv6]:port")
+        sys.exit(f"{NAME}: bad CATALOG_ADDRESS {CATALOG_ADDRESS!r}; set it to host, host:port or [IPv6]:port")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -148,7 +149,7 @@ def main():
         sys.exit(f"{NAME}: can't listen on PORT={PORT}: {reason}; set PORT to another number")
     signal.signal(signal.SIGINT, server.stop)
     signal.signal(signal.SIGTERM, server.stop)
-    print(f"{NAME}: listening on port {server.server_address[1]}, try {EXAMPLE}", file=sys.stderr)
+    print(f"{NAME}: listening on port {server.server_address[1]}, {START}", file=sys.stderr)
     while server.timeout:
         server.handle_request()
     for _ in range(server.request_queue_size):  # who waits in line already is still served

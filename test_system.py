@@ -341,6 +341,12 @@ def test_a_catalog_that_refuses_is_502_in_the_systems_words(start):
     assert f"no answer from the catalog at {address}" in front_end.logged("refused")
 
 
+def test_a_catalog_that_is_unreachable_is_502(start):
+    address = "255.255.255.255:80"  # which the system refuses to connect to, without asking the network
+    message = error(ask(start("front_end.py", CATALOG_ADDRESS=address).port, "/lookup/1001"), 502)
+    assert message.startswith(f"no answer from the catalog at {address}: ") and "CATALOG_ADDRESS" in message
+
+
 def test_a_catalog_whose_name_is_unknown_is_502(start):
     for address in ("no-such-host.invalid:8080", "a..b", "x" * 64 + ":80"):
         message = error(ask(start("front_end.py", CATALOG_ADDRESS=address).port, "/lookup/1001"), 502)
@@ -442,7 +448,7 @@ def test_the_start_line_names_port_path_and_catalog(start):
     catalog = start("catalog.py")
     front_end = start("front_end.py", CATALOG_ADDRESS=catalog.address)
     assert catalog.logged("\n") == f"catalog: listening on port {catalog.port}, try /query/1001\n"
-    expected = f"front_end (catalog at {catalog.address}): listening on port {front_end.port}, try /lookup/1001\n"
+    expected = f"front_end: listening on port {front_end.port}, try /lookup/1001 (catalog at {catalog.address})\n"
     assert front_end.logged("\n") == expected
 
 
@@ -496,7 +502,7 @@ def test_a_bad_catalog_address_ends_it_with_one_line(start):
 def test_a_good_catalog_address_is_taken(start):
     good = ["catalog", "my_catalog-1.example:80", "10.0.2.15:8080", "[::1]", "[fe80::1]:8080"]
     for address, service in [(address, start("front_end.py", CATALOG_ADDRESS=address)) for address in good]:
-        assert service.logged(f"front_end (catalog at {address}): listening")
+        assert service.logged(f" (catalog at {address})\n")
 
 
 def test_the_catalog_may_have_an_ipv6_address(start):
@@ -877,7 +883,7 @@ def test_the_readme_and_the_docstrings_show_what_the_services_say(start):
     texts = [(HERE / name).read_text(encoding="utf-8") for name in ("README.md", "catalog.py", "front_end.py")]
     texts[1:] = [text.split('"""')[1] for text in texts[1:]]
     shown = [line.strip() for text in texts for line in text.splitlines()] + re.findall("`([^`\n]+)`", texts[0])
-    begins = ('{"data":{"name":"', '{"error":{"code":5', "catalog: ", "front_end: ", "front_end (", "no such path: ")
+    begins = ('{"data":{"name":"', '{"error":{"code":5', "catalog: ", "front_end: ", "no such path: ")
     shown = [line for line in shown if line.startswith(begins) or re.match(r"[\d.]+ - - \[", line)]
 
     known = {shape(line) for line in said}
@@ -891,7 +897,8 @@ def test_the_readme_names_the_defaults_the_limits_and_the_files_that_there_are()
     env = {name: value for name, value in os.environ.items() if name not in ("PORT", "CATALOG_ADDRESS")}
     run = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, capture_output=True, text=True, check=True)
     ports, address, limits = run.stdout.split()[:2], run.stdout.split()[2], run.stdout.split()[3:]
-    images = [dict(re.findall(r"(\w+)=(\S+)", (HERE / f"Dockerfile.{name}").read_text(encoding="utf-8"))) for name in PATHS]
+    dockerfiles = [(HERE / f"Dockerfile.{name}").read_text(encoding="utf-8") for name in PATHS]
+    images = [dict(re.findall(r"(\w+)=(\S+)", text)) for text in dockerfiles]
     assert f"| `PORT` | catalog | `{ports[0]}` | `{images[0]['PORT']}` |" in readme
     assert f"| `PORT` | front end | `{ports[1]}` | `{images[1]['PORT']}` |" in readme
     assert f"| `CATALOG_ADDRESS` | front end | `{address}` | `{images[1]['CATALOG_ADDRESS']}` |" in readme
