@@ -253,7 +253,7 @@ def test_front_end_answers_as_the_catalog_itself_does(pair, item_id):
 
 
 def test_front_end_relays_any_status_type_and_body_to_the_byte_and_follows_no_redirect(start):
-    body = bytes(range(256))
+    body = b"\n " + bytes(range(256)) + b" \n"
     with Upstream(None) as upstream:
         front_end = start("front_end.py", CATALOG_ADDRESS=upstream.address)
         for status in (200, 302, 404, 500, 503):
