@@ -51,8 +51,8 @@ class Handler(BaseHTTPRequestHandler):
     # http.server calls these methods. A name that this file does not define is inherited from http.server.
 
     do_HEAD = do_GET  # reply() leaves out the body
-    # HTTP/1.0, one request a connection: new clients do not wait behind busy ones, and a stop can finish every request.
-    default_request_version = "HTTP/1.0"
+    # Replies are HTTP/1.0, one request a connection: new clients do not wait behind busy ones, and a stop can finish all.
+    default_request_version = "HTTP/1.0"  # a malformed request gets a status line too
     wbufsize = -1  # buffer a reply, to send it in one piece
 
     def setup(self):
@@ -88,8 +88,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def set_deadline(stream, connection, seconds):
-    """Let all reads of a stream end within seconds from now, else raise TimeoutError. A socket's own timeout starts
-    again with each byte. The stream gets its bytes from the connection by stream.raw.readinto."""
+    """Let the reads of a stream raise TimeoutError from so many seconds on. A socket's own timeout would start again
+    with each byte. The stream calls stream.raw.readinto to get bytes from its connection."""
     end = time.monotonic() + seconds
     receive = stream.raw.readinto
 
@@ -106,7 +106,7 @@ def set_deadline(stream, connection, seconds):
 class Server(ThreadingHTTPServer):
     """Accepts connections. For each, a thread of the pool makes a Handler."""
 
-    pool = ThreadPoolExecutor(1000)  # at most 1000 requests at a time; a thread starts when no other is free
+    pool = ThreadPoolExecutor(1000)  # starts a thread when none is free; 1000 are more than a laptop keeps busy
     request_queue_size = 1024  # connections that may wait to be accepted; http.server's 5 is too few for a crowd
     allow_reuse_address = os.name == "posix"  # start again at once; on Windows, two servers could share a port
     timeout = 0.05  # seconds that handle_request() waits for a connection

@@ -734,35 +734,26 @@ class Service:
         return self.process.returncode
 
     def stop(self):
-        """Make sure that the process has ended."""
-        try:
-            self.process.terminate()
-            self.process.wait(WAIT)
-        finally:
-            self.process.kill()
-            self.process.wait()
+        """Make sure that the process, and what it may have started, has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill() if os.name != "posix" else os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         self.reader.join(WAIT)
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                stream.close()
+        with self.process:  # closes its pipes
+            pass
 
 
 @contextlib.contextmanager
 def stopping():
     """Give a function that starts a service; stop all that it started at the end."""
-    services = []
+    with contextlib.ExitStack() as stack:
 
-    def start(*args, **settings):
-        services.append(Service(*args, **settings))
-        return services[-1]
+        def start(*args, **settings):
+            service = Service(*args, **settings)
+            stack.callback(service.stop)
+            return service
 
-    try:
         yield start
-    finally:
-        for service in services:
-            service.terminate()  # all at once, for speed
-        for service in services:
-            service.stop()
 
 
 @pytest.fixture
@@ -923,15 +914,14 @@ class Container:
 
     def __init__(self, *arguments):
         self.id = docker("run", "--detach", "--label", MARK, *arguments)
-
-    @property
-    def log(self):
-        return subprocess.run(["docker", "logs", self.id], check=False, capture_output=True, text=True).stderr
+        self.logged(", try /")
 
     def logged(self, text):
         """Wait until text stands in the log; return the log."""
-        wait_until(lambda: text in self.log, lambda: f"no {text!r} in the log:\n{self.log}")
-        return self.log
+        log = ["docker", "logs", self.id]
+        read_log = lambda: subprocess.run(log, check=False, stderr=subprocess.PIPE, text=True).stderr
+        wait_until(lambda: text in read_log(), lambda: f"no {text!r} in the log:\n{read_log()}")
+        return read_log()
 
     @property
     def ip(self):
@@ -970,13 +960,7 @@ def images():
 @pytest.fixture
 def run(images):
     """A function that starts a container of image "catalog" or "front_end" and waits until it listens."""
-
-    def run(name, *arguments):
-        container = Container(*arguments, images[name])
-        container.logged(", try /")
-        return container
-
-    yield run
+    yield lambda name, *arguments: Container(*arguments, images[name])
     if left := docker("ps", "--all", "--quiet", "--filter", f"label={MARK}").split():
         docker("rm", "--force", *left)
 
