@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     # http.server calls these methods. A name that this file does not define is inherited from http.server.
 
     do_HEAD = do_GET  # reply() leaves out the body
-    # Replies are HTTP/1.0, one request a connection: new clients do not wait behind busy ones, and a stop can finish all.
+    # Replies are HTTP/1.0, one request a connection: new clients do not wait behind busy ones, and a stop ends in time.
     default_request_version = "HTTP/1.0"  # a malformed request gets a status line too
     wbufsize = -1  # buffer a reply, to send it in one piece
 
@@ -151,7 +151,6 @@ def main():
         server.handle_request()
     server.server_close()
     server.pool.shutdown()  # waits for the requests in flight
-    sys.stderr = None  # Python would exit with status 120 for a log that could not be written
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ def test_a_catalog_that_is_silent_or_never_ends_is_504_after_5_seconds_even_duri
         says(head + chunked + b"ffff\r\n", then=b"x"),
         says(head + chunked, then=b"1\r\nx\r\n"),
         says(b"", then=b"HTTP/1.1 100 Continue\r\n\r\n"),
+        says(head + chunked, then=b"1\r\nx\r\n" * 10_000, pause=0),  # never makes the front end wait
     ]
     numbers = range(len(behaviours))
     with Upstream(lambda connection, item_id: behaviours[int(item_id)](connection)) as upstream:
@@ -884,13 +885,13 @@ class Upstream:
             connection.close()
 
 
-def says(answer, then=None):
-    """A behaviour for Upstream: send these bytes, then hang up; or send the next bytes each second (b"": silence)."""
+def says(answer, then=None, pause=1):
+    """A behaviour for Upstream: send these bytes, then hang up, or send the next ones every second (b"": silence)."""
 
     def behave(connection, item_id=None):
         connection.sendall(answer)
         while then is not None:
-            time.sleep(1)
+            time.sleep(pause)
             connection.sendall(then)
 
     return behave
