@@ -897,11 +897,11 @@ BASE = "python:3.14-alpine"
 MARK = f"test-{os.getpid()}"  # in the name or label of all that these tests make
 
 
-def docker(*arguments, status=0):
+def docker(*arguments):
     """Run a docker command; return what it printed."""
     done = subprocess.run(["docker", *arguments], check=False, capture_output=True, text=True, cwd=HERE, timeout=300)
-    assert done.returncode == status, f"docker {' '.join(arguments)}: status {done.returncode}\n{done.stderr}"
-    return done.stdout.strip() if status == 0 else done.stderr
+    assert done.returncode == 0, f"docker {' '.join(arguments)}: status {done.returncode}\n{done.stderr}"
+    return done.stdout.strip()
 
 
 class Container:
