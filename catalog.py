@@ -1,32 +1,33 @@
 """The catalog: answers GET /query/<item_id> with one book as JSON.
 
-    $ python catalog.py
+    $ python3 catalog.py
     catalog: listening on port 8080, try /query/1001
 
     $ curl localhost:8080/query/1001
     {"data":{"name":"RPCs for Dummies","price":14.99,"quantity":10}}
 
-Setting, from the environment:
+Setting, from the environment, as in `PORT=9000 python3 catalog.py`:
     PORT    TCP port to listen on (default 8080; 0 means any free port)
 
 Any other request gets an error status and {"error":{"code":404,"message":"..."}}.
-Ctrl-C or SIGTERM stops the catalog as soon as the requests in flight are answered.
-Left out: HTTPS, log-in, keep-alive, a database (edit ITEMS and start again).
+Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after an answer to each client that has connected.
+Left out: HTTPS, log-in, more than one request a connection, a database (edit ITEMS and start again).
 """
 import json
+import logging
 import os
 import signal
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
 
 NAME, EXAMPLE = "catalog", "/query/1001"
-START_MESSAGE = f"try {EXAMPLE}"
 PORT = os.environ.get("PORT", "8080")
-CLIENT_TIMEOUT = 5  # seconds in which a client must send its whole request
+TIMEOUT = 5  # seconds in which a client must send its whole request
 ITEMS = {
     "1001": {"name": "RPCs for Dummies", "price": 14.99, "quantity": 10},
     "1002": {"name": "Xen and the Art of Surviving Graduate School", "price": 9.99, "quantity": 5},
@@ -34,124 +35,90 @@ ITEMS = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. http.server reads it and calls do_GET for a GET, do_PUT for a PUT, and so on."""
+    """One request. It is made by handle(), below; http.server then reads it, and calls do_GET for a GET, and so on."""
 
     def do_GET(self):
-        """Reply with what the path names, or with 404."""
-        # "/query/1001?x=1" -> ["", "query", "1001"]
-        match [unquote(part) for part in self.path.partition("?")[0].split("/")]:
-            case ["", "query", item_id] if item_id in ITEMS:
-                self.reply(200, {"data": ITEMS[item_id]})
-            case ["", "query", item_id]:
-                self.send_error(404, f"no such item: {item_id}", f"try one of {', '.join(ITEMS)}")
-            case _:
-                self.send_error(404, f"no such path: {self.path}")
+        """Reply with the item that the path names, or with an error."""
+        path = self.path.partition("?")[0]  # "/query/1001?x=1" -> "/query/1001"
+        item_id = unquote(path.removeprefix("/query/"))  # "/query/1001" -> "1001"
+        if path.startswith("/query/") and item_id in ITEMS:
+            self.reply(200, {"data": ITEMS[item_id]})
+        elif path.startswith("/query/"):
+            self.send_error(404, f"no such item: {item_id}", f"try one of {', '.join(ITEMS)}")
+        else:
+            self.send_error(404, f"no such path: {path}")
 
-    # ---- A first reading may stop here. The rest is the same text in catalog.py and front_end.py. ----
-    # http.server calls these methods. A name that this file does not define is inherited from http.server.
+    # ---- A first reading may stop here. The text from here to the end of main() is the same in both scripts. ----
 
-    do_HEAD = do_GET  # reply() leaves out the body
-    # Replies are HTTP/1.0, one request a connection: new clients do not wait behind busy ones, and a stop ends in time.
-    default_request_version = "HTTP/1.0"  # a malformed request gets a status line too
-    wbufsize = -1  # buffer a reply, to send it in one piece
+    do_HEAD = do_GET  # HEAD asks for what GET does, without the body
+    default_request_version = "HTTP/1.0"  # or a client whose request can't be read would get no status
+    wbufsize = -1  # collect a reply, to send it in one piece
 
-    def setup(self):
-        """Prepare to read a request."""
-        super().setup()
-        set_deadline(self.rfile, self.connection, CLIENT_TIMEOUT)
-
-    def reply(self, status, body, headers=()):
-        """Send a whole reply. body: bytes, or a value to send as JSON; headers: (name, value) pairs to send as well."""
+    def reply(self, status, body, content_type="application/json"):
+        """Send the whole reply. body: bytes, or a value to send as JSON."""
         if not isinstance(body, bytes):
             body = json.dumps(body, separators=(",", ":")).encode() + b"\n"
-            headers = [("Content-Type", "application/json"), *headers]
         self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", len(body))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    def send_error(self, code, message=None, explain=f"try GET {EXAMPLE}"):
-        """Reply with an error: what is wrong; what to do. http.server calls this for a request that it cannot parse."""
-        headers = []
-        if code == 501:  # http.server found no do_... method for the request; the HTTP status for that is 405
-            code, headers = 405, [("Allow", ", ".join(name[3:] for name in dir(self) if name.startswith("do_")))]
-        message = f"{message or self.responses[code][0]}; {explain}"
-        self.reply(code, {"error": {"code": code, "message": message}}, headers)
+    def send_error(self, code, message=None, hint=f"try GET {EXAMPLE}"):
+        """Reply with what is wrong (by default the name of the status) and what to do. http.server calls this too."""
+        self.reply(code, {"error": {"code": code, "message": f"{message or self.responses[code][0]}; {hint}"}})
 
     def log_message(self, *args):
-        """Write a line to the log. If stderr is closed (None) or cannot take it, the reply is sent all the same."""
+        """Write a line to the log. If stderr is closed (None) or can't take it, the reply must be sent all the same."""
         with suppress(AttributeError, OSError):
             super().log_message(*args)
 
 
-def set_deadline(stream, connection, seconds):
-    """Let the reads of a stream raise TimeoutError from so many seconds on. A socket's own timeout would start again
-    with each byte. The stream calls stream.raw.readinto to get bytes from its connection."""
-    end = time.monotonic() + seconds
-    receive = stream.raw.readinto
+class Connection(socket.socket):
+    """A connection that may be read for TIMEOUT seconds in all. A plain socket's timeout starts again at each byte."""
 
-    def readinto(buffer):
-        left = end - time.monotonic()
+    end = None
+
+    def recv_into(self, *args):
+        """Read bytes, or raise socket.timeout. http.server and http.client read by this method only."""
+        self.end = self.end or time.monotonic() + TIMEOUT
+        left = self.end - time.monotonic()
         if left <= 0:
-            raise TimeoutError("deadline passed")
-        connection.settimeout(left)
-        return receive(buffer)
-
-    stream.raw.readinto = readinto
+            raise socket.timeout("timed out")  # noqa: UP041 (TimeoutError is the same from Python 3.10 on)
+        self.settimeout(left)
+        return super().recv_into(*args)
 
 
-class Server(ThreadingHTTPServer):
-    """Accepts connections. For each, a thread of the pool makes a Handler."""
-
-    pool = ThreadPoolExecutor(1000)  # starts a thread when none is free; 1000 are more than a laptop keeps busy
-    request_queue_size = 1024  # connections that may wait to be accepted; http.server's 5 is too few for a crowd
-    allow_reuse_address = os.name == "posix"  # start again at once; on Windows, two servers could share a port
-    timeout = 0.05  # seconds that handle_request() waits for a connection
-    running = True
-
-    def server_bind(self):
-        """Bind the socket as HTTPServer does, without its DNS lookup, which can take seconds."""
-        super(HTTPServer, self).server_bind()
-
-    def process_request(self, request, client_address):
-        """Handle a connection in the pool: ThreadingHTTPServer would start a thread for each."""
-        self.pool.submit(self.process_request_thread, request, client_address)
-
-    def handle_error(self, request, client_address):
-        """Log the traceback of a bug, but not that a client has gone away."""
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
-            super().handle_error(request, client_address)
-
-    def stop(self, *_):
-        """Handle a signal: end the loop in main()."""
-        self.running = False
+def handle(accepted, address):
+    """Answer one client. accepted: the socket that listener.accept() made for it; address: the client's."""
+    with Connection(fileno=accepted.detach()) as connection, suppress(OSError):
+        try:
+            Handler(connection, address, None)
+        except Exception as error:
+            if not isinstance(error, (ConnectionError, socket.timeout)):  # the client has gone: no bug
+                logging.getLogger(NAME).exception("a bug in this script")
+        connection.shutdown(socket.SHUT_WR)  # the client gets the whole reply, even if it still sends
 
 
-def main():
-    """Serve until Ctrl-C (SIGINT) or SIGTERM. Exit with one line if a setting is bad."""
-    if sys.argv[1:]:
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    try:
-        server = Server(("", int(PORT)), Handler)
+def main(note=""):
+    """Serve until a signal comes. note: what the first line of the log says after the port."""
+    try:  # "" is every address of this machine; backlog: how many connections may wait to be accepted
+        listener = socket.create_server(("", int(PORT)), backlog=1024)
     except (OSError, OverflowError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        sys.exit(f"{NAME}: can't listen on PORT={PORT}: {reason}; set PORT to another number")
-    signal.signal(signal.SIGINT, server.stop)
-    signal.signal(signal.SIGTERM, server.stop)
-    with suppress(AttributeError, OSError):  # as in log_message
-        sys.stderr.write(f"{NAME}: listening on port {server.server_address[1]}, {START_MESSAGE}\n")
-    while server.running:
-        server.handle_request()
-    server.timeout = -1  # now handle_request() accepts a connection that is waiting, or returns at once
-    for _ in range(server.request_queue_size):
-        server.handle_request()
-    server.server_close()
-    server.pool.shutdown()  # waits for the requests in flight
+        sys.exit(f"{NAME}: can't listen on PORT={PORT}: {error}")
+    stop = []  # not empty once a signal has come
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is Ctrl-C
+        signal.signal(number, lambda *args: stop.append(args))
+    logging.getLogger(NAME).warning(f"{NAME}: listening on port {listener.getsockname()[1]}, try {EXAMPLE}{note}")
+    with ThreadPoolExecutor(1000) as pool, listener:  # at the end, close the listener, then wait for the threads
+        turns = 1024  # after a signal: one for each connection that may be waiting
+        while turns:
+            listener.settimeout(0 if stop else 0.05)  # seconds to wait for a connection
+            with suppress(OSError, RuntimeError):  # none came, or the system is out of files or threads
+                pool.submit(handle, *listener.accept())
+            if stop:
+                turns -= 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(__doc__ if sys.argv[1:] else main())
