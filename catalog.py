@@ -35,12 +35,12 @@ ITEMS = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. It is made by handle(), below; http.server then reads it, and calls do_GET for a GET, and so on."""
+    """One request. handle(), below, makes a Handler for it; the base class reads it and calls do_GET for a GET."""
 
     def do_GET(self):
         """Reply with the item that the path names, or with an error."""
         path = self.path.partition("?")[0]  # "/query/1001?x=1" -> "/query/1001"
-        item_id = unquote(path.removeprefix("/query/"))  # "/query/1001" -> "1001"
+        item_id = unquote(path.removeprefix("/query/"))  # "/query/a%20b" -> "a b"
         if path.startswith("/query/") and item_id in ITEMS:
             self.reply(200, {"data": ITEMS[item_id]})
         elif path.startswith("/query/"):
@@ -50,9 +50,9 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- A first reading may stop here. The text from here to the end of main() is the same in both scripts. ----
 
-    do_HEAD = do_GET  # HEAD asks for what GET does, without the body
-    default_request_version = "HTTP/1.0"  # or a client whose request can't be read would get no status
-    wbufsize = -1  # collect a reply, to send it in one piece
+    do_HEAD = do_GET  # HEAD asks for the same as GET, without the body
+    default_request_version = "HTTP/1.0"  # else a request that can't be read would get a reply without a status
+    wbufsize = -1  # collect what is written to wfile, to send a reply in one piece
 
     def reply(self, status, body, content_type="application/json"):
         """Send the whole reply. body: bytes, or a value to send as JSON."""
@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
 class Connection(socket.socket):
     """A connection that may be read for TIMEOUT seconds in all. A plain socket's timeout starts again at each byte."""
 
-    end = None
+    end = None  # the first read sets it
 
     def recv_into(self, *args):
         """Read bytes, or raise socket.timeout. http.server and http.client read by this method only."""
@@ -91,11 +91,11 @@ class Connection(socket.socket):
 
 def handle(accepted, address):
     """Answer one client. accepted: the socket that listener.accept() made for it; address: the client's."""
-    with Connection(fileno=accepted.detach()) as connection, suppress(OSError):
+    with Connection(fileno=accepted.detach()) as connection, suppress(OSError):  # the same socket, as a Connection
         try:
-            Handler(connection, address, None)
+            Handler(connection, address, None)  # reads the request, calls do_GET; None: it needs no server
         except Exception as error:
-            if not isinstance(error, (ConnectionError, socket.timeout)):  # the client has gone: no bug
+            if not isinstance(error, (ConnectionError, socket.timeout)):  # not if the client has gone
                 logging.getLogger(NAME).exception("a bug in this script")
         connection.shutdown(socket.SHUT_WR)  # the client gets the whole reply, even if it still sends
 
@@ -109,6 +109,7 @@ def main(note=""):
     stop = []  # not empty once a signal has come
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is Ctrl-C
         signal.signal(number, lambda *args: stop.append(args))
+    # unlike print(), logging never fails; without settings it writes warnings, as they are, to stderr
     logging.getLogger(NAME).warning(f"{NAME}: listening on port {listener.getsockname()[1]}, try {EXAMPLE}{note}")
     with ThreadPoolExecutor(1000) as pool, listener:  # at the end, close the listener, then wait for the threads
         turns = 1024  # after a signal: one for each connection that may be waiting

@@ -35,7 +35,7 @@ TIMEOUT = 5  # seconds in which a client must send its whole request, and the ca
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. It is made by handle(), below; http.server then reads it, and calls do_GET for a GET, and so on."""
+    """One request. handle(), below, makes a Handler for it; the base class reads it and calls do_GET for a GET."""
 
     def do_GET(self):
         """Reply with what the catalog says of the item that the path names, or with an error."""
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with CATALOG.open(f"http://{CATALOG_ADDRESS}{path}", timeout=TIMEOUT) as answer:
                 body = answer.read()
-        except (OSError, HTTPException, ValueError, OverflowError, MemoryError) as error:
+        except (OSError, HTTPException, ValueError, OverflowError, MemoryError) as error:  # by a bad address or answer
             cause = getattr(error, "reason", error)  # urllib wraps the system's error in one of its own
             status = 504 if isinstance(cause, socket.timeout) else 502
             message = f"no answer from the catalog at {CATALOG_ADDRESS}: {cause}"
@@ -61,9 +61,9 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- A first reading may stop here. The text from here to the end of main() is the same in both scripts. ----
 
-    do_HEAD = do_GET  # HEAD asks for what GET does, without the body
-    default_request_version = "HTTP/1.0"  # or a client whose request can't be read would get no status
-    wbufsize = -1  # collect a reply, to send it in one piece
+    do_HEAD = do_GET  # HEAD asks for the same as GET, without the body
+    default_request_version = "HTTP/1.0"  # else a request that can't be read would get a reply without a status
+    wbufsize = -1  # collect what is written to wfile, to send a reply in one piece
 
     def reply(self, status, body, content_type="application/json"):
         """Send the whole reply. body: bytes, or a value to send as JSON."""
@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
 class Connection(socket.socket):
     """A connection that may be read for TIMEOUT seconds in all. A plain socket's timeout starts again at each byte."""
 
-    end = None
+    end = None  # the first read sets it
 
     def recv_into(self, *args):
         """Read bytes, or raise socket.timeout. http.server and http.client read by this method only."""
@@ -102,11 +102,11 @@ class Connection(socket.socket):
 
 def handle(accepted, address):
     """Answer one client. accepted: the socket that listener.accept() made for it; address: the client's."""
-    with Connection(fileno=accepted.detach()) as connection, suppress(OSError):
+    with Connection(fileno=accepted.detach()) as connection, suppress(OSError):  # the same socket, as a Connection
         try:
-            Handler(connection, address, None)
+            Handler(connection, address, None)  # reads the request, calls do_GET; None: it needs no server
         except Exception as error:
-            if not isinstance(error, (ConnectionError, socket.timeout)):  # the client has gone: no bug
+            if not isinstance(error, (ConnectionError, socket.timeout)):  # not if the client has gone
                 logging.getLogger(NAME).exception("a bug in this script")
         connection.shutdown(socket.SHUT_WR)  # the client gets the whole reply, even if it still sends
 
@@ -120,6 +120,7 @@ def main(note=""):
     stop = []  # not empty once a signal has come
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is Ctrl-C
         signal.signal(number, lambda *args: stop.append(args))
+    # unlike print(), logging never fails; without settings it writes warnings, as they are, to stderr
     logging.getLogger(NAME).warning(f"{NAME}: listening on port {listener.getsockname()[1]}, try {EXAMPLE}{note}")
     with ThreadPoolExecutor(1000) as pool, listener:  # at the end, close the listener, then wait for the threads
         turns = 1024  # after a signal: one for each connection that may be waiting
@@ -132,8 +133,6 @@ def main(note=""):
 
 
 # ---- The rest is in front_end.py alone: how it asks the catalog. ----
-
-
 class CatalogConnection(HTTPConnection):
     """A connection to the catalog: TIMEOUT seconds to connect, and again for the whole answer."""
 
@@ -144,7 +143,7 @@ class CatalogConnection(HTTPConnection):
 
 
 class CatalogHandler(HTTPHandler):
-    """Makes urllib.request open http:// addresses by a CatalogConnection."""
+    """Makes urllib.request use a CatalogConnection."""
 
     def http_open(self, request):
         return self.do_open(CatalogConnection, request)
@@ -153,6 +152,7 @@ class CatalogHandler(HTTPHandler):
 # Unlike urlopen(), this uses no proxy, follows no redirect, and takes a 404 or 503 for an answer like any other.
 CATALOG = OpenerDirector()
 CATALOG.add_handler(CatalogHandler())
+
 
 if __name__ == "__main__":
     if "/" in CATALOG_ADDRESS:
