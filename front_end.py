@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
     def relay(self, path):
         """Ask the catalog for a path, and reply with its answer; without an answer, with 502 or 504."""
         try:
-            with CATALOG.open(f"http://{CATALOG_ADDRESS}{path}", timeout=TIMEOUT) as answer:
+            with CATALOG.open(f"http://{CATALOG_ADDRESS}{path}", timeout=TIMEOUT) as answer:  # CATALOG: see the end
                 body = answer.read()
         except (OSError, HTTPException, ValueError, OverflowError, MemoryError) as error:  # by a bad address or answer
             cause = getattr(error, "reason", error)  # urllib wraps the system's error in one of its own
