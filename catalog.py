@@ -9,116 +9,109 @@
 Setting, from the environment, as in `PORT=9000 python3 catalog.py`:
     PORT    TCP port to listen on (default 8080; 0 means any free port)
 
-Any other request gets an error status and {"error":{"code":404,"message":"..."}}.
-Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after an answer to each client that has connected.
-Left out: HTTPS, log-in, more than one request a connection, a database (edit ITEMS and start again).
+An error is a status such as 404 with {"error":{"code":404,"message":"..."}}.
+Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after a reply to every request accepted before.
+Left out: HTTPS, log-in, IPv6, more than one request a connection, decoding of item ids, a database (edit ITEMS and
+start again), protection against thousands of slow clients (a client is disconnected after 5 seconds of silence).
 """
 import json
-import logging
 import os
 import signal
-import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler
-from urllib.parse import unquote
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-NAME, EXAMPLE = "catalog", "/query/1001"
 PORT = os.environ.get("PORT", "8080")
-TIMEOUT = 5  # seconds in which a client must send its whole request
 ITEMS = {
     "1001": {"name": "RPCs for Dummies", "price": 14.99, "quantity": 10},
     "1002": {"name": "Xen and the Art of Surviving Graduate School", "price": 9.99, "quantity": 5},
 }
 
 
+def to_json(value):
+    """Return a value as JSON: bytes, without spaces, with a newline at the end."""
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
 class Handler(BaseHTTPRequestHandler):
-    """One request. handle(), below, makes a Handler for it; the base class reads it and calls do_GET for a GET."""
+    """Replies to one request. The base class reads the request, sets self.path, and calls do_GET for a GET."""
 
     def do_GET(self):
         """Reply with the item that the path names, or with an error."""
         path = self.path.partition("?")[0]  # "/query/1001?x=1" -> "/query/1001"
-        item_id = unquote(path.removeprefix("/query/"))  # "/query/a%20b" -> "a b"
-        if path.startswith("/query/") and item_id in ITEMS:
-            self.reply(200, {"data": ITEMS[item_id]})
-        elif path.startswith("/query/"):
-            self.send_error(404, f"no such item: {item_id}", f"try one of {', '.join(ITEMS)}")
+        route, _, item_id = path.rpartition("/")  # "/query/1001" -> "/query", "/", "1001"
+        if route != "/query":
+            self.send_error(404, f"no such path: {path}; try /query/1001")
+        elif item_id not in ITEMS:
+            self.send_error(404, f"no such item: {item_id}; try one of {', '.join(ITEMS)}")
         else:
-            self.send_error(404, f"no such path: {path}")
+            self.reply(200, to_json({"data": ITEMS[item_id]}))
 
-    # ---- A first reading may stop here. The text from here to the end of main() is the same in both scripts. ----
+    do_HEAD = do_GET  # reply() leaves out the body
 
-    do_HEAD = do_GET  # HEAD asks for the same as GET, without the body
-    default_request_version = "HTTP/1.0"  # else a request that can't be read would get a reply without a status
-    wbufsize = -1  # collect what is written to wfile, to send a reply in one piece
-
-    def reply(self, status, body, content_type="application/json"):
-        """Send the whole reply. body: bytes, or a value to send as JSON."""
-        if not isinstance(body, bytes):
-            body = json.dumps(body, separators=(",", ":")).encode() + b"\n"
-        self.send_response(status)
+    def reply(self, code, body, content_type="application/json"):
+        """Send a whole reply: a status code, the headers, and a body of bytes. Every reply is sent by this method."""
+        self.send_response(code)
         self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", len(body))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-    def send_error(self, code, message=None, hint=f"try GET {EXAMPLE}"):
-        """Reply with what is wrong (by default the name of the status) and what to do. http.server calls this too."""
-        self.reply(code, {"error": {"code": code, "message": f"{message or self.responses[code][0]}; {hint}"}})
+    def send_error(self, code, message=None, explain=None):
+        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't read."""
+        message = message or self.responses[code][0]  # by default the name of the status
+        self.log_error("%s", message)
+        self.reply(code, to_json({"error": {"code": code, "message": message}}))
+
+    # ---- A first reading may stop here. Above: the answers. Below: how it runs (slow clients, many clients, stopping).
+
+    timeout = 5  # seconds of silence after which a client is disconnected
+    wbufsize = -1  # a buffer of the default size for wfile, so that headers and body are sent in one piece
 
     def log_message(self, *args):
-        """Write a line to the log. If stderr is closed (None) or can't take it, the reply must be sent all the same."""
-        with suppress(AttributeError, OSError):
+        """Write a line to the log, stderr. If it can't be written (the terminal was closed), still reply."""
+        with suppress(OSError):
             super().log_message(*args)
 
 
-class Connection(socket.socket):
-    """A connection that may be read for TIMEOUT seconds in all. A plain socket's timeout starts again at each byte."""
+class Server(ThreadingHTTPServer):
+    """Accepts connections. A Handler serves each, in one of at most 1000 threads, each reused."""
 
-    end = None  # the first read sets it
+    allow_reuse_address = os.name != "nt"  # restart at once; on Windows it would share the port
+    request_queue_size = 1024  # connections that may wait to be accepted
+    timeout = 0.5  # seconds that handle_request waits for a connection
+    pool = ThreadPoolExecutor(1000)
+    running = True
 
-    def recv_into(self, *args):
-        """Read bytes, or raise socket.timeout. http.server and http.client read by this method only."""
-        self.end = self.end or time.monotonic() + TIMEOUT
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")  # noqa: UP041 (TimeoutError is the same from Python 3.10 on)
-        self.settimeout(left)
-        return super().recv_into(*args)
+    def process_request(self, request, client_address):
+        """Let a thread of the pool serve a connection (request is its socket) and close it."""
+        self.pool.submit(self.process_request_thread, request, client_address)
 
+    def handle_error(self, request, client_address):
+        """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
-def handle(accepted, address):
-    """Answer one client. accepted: the socket that listener.accept() made for it; address: the client's."""
-    with Connection(fileno=accepted.detach()) as connection:  # the same socket, as a Connection
-        try:
-            Handler(connection, address, None)  # reads the request, calls do_GET; None: it needs no server
-        except Exception as error:  # log a bug, which the pool would hide
-            if not isinstance(error, ConnectionError):  # that the client has gone is no bug
-                logging.getLogger(NAME).exception("a bug in this script")
-        connection.shutdown(socket.SHUT_WR)  # the client gets the whole reply, even if it still sends
+    def stop(self, number, frame):
+        """End the loop in main(). Called on a signal, with its number and the code that it interrupted."""
+        self.running = False
 
 
-def main(note=""):
-    """Serve until a signal comes. note: what the first line of the log says after the port."""
-    try:  # "" is every address of this machine; backlog: how many connections may wait to be accepted
-        listener = socket.create_server(("", int(PORT)), backlog=1024)
+def main():
+    """Serve until Ctrl-C or SIGTERM."""
+    try:
+        server = Server(("", int(PORT)), Handler)  # "" means every address of this machine
     except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"{NAME}: can't listen on PORT={PORT}: {error}")
-    stop = []  # not empty once a signal has come
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is Ctrl-C
-        signal.signal(number, lambda *args: stop.append(args))
-    # unlike print(), logging never fails; without settings it writes warnings, as they are, to stderr
-    logging.getLogger(NAME).warning(f"{NAME}: listening on port {listener.getsockname()[1]}, try {EXAMPLE}{note}")
-    with ThreadPoolExecutor(1000) as pool, listener:  # at the end, close the listener, then wait for the threads
-        turns = 1024  # after a signal: one for each connection that may be waiting
-        while turns:
-            listener.settimeout(0 if stop else 0.05)  # seconds to wait for a connection
-            with suppress(OSError, RuntimeError):  # none came, or the system is out of files or threads
-                pool.submit(handle, *listener.accept())
-            if stop:
-                turns -= 1
+        sys.exit(f"catalog: can't listen on PORT={PORT}: {error}")
+    signal.signal(signal.SIGINT, server.stop)  # SIGINT is Ctrl-C
+    signal.signal(signal.SIGTERM, server.stop)
+    print(f"catalog: listening on port {server.server_port}, try /query/1001", file=sys.stderr)
+    while server.running:
+        server.handle_request()
+    server.server_close()  # accepts no more
+    server.pool.shutdown()  # waits for the replies under way
 
 
 if __name__ == "__main__":

@@ -8,153 +8,123 @@
 
 Settings, from the environment, as in `PORT=9000 CATALOG_ADDRESS=10.0.2.15:8080 python3 front_end.py`:
     PORT             TCP port to listen on (default 8000; 0 means any free port)
-    CATALOG_ADDRESS  where the catalog is: host, host:port or [IPv6]:port (default 127.0.0.1:8080)
+    CATALOG_ADDRESS  where the catalog is: host:port, or host alone for port 80 (default 127.0.0.1:8080)
 
-An error of the catalog is relayed too. Without an answer from the catalog, the status is 502, or 504 after 5 seconds.
-Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after an answer to each client that has connected.
-Left out: HTTPS, log-in, more than one request a connection, a cache, a limit for the size of an answer.
+The catalog's errors are relayed too. If it can't be asked, the status is 502; if it is silent for 5 seconds, 504.
+Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after a reply to every request accepted before.
+Left out: HTTPS, log-in, IPv6, more than one request a connection, a cache, a limit for the size of an answer,
+protection against thousands of slow clients (a client is disconnected after 5 seconds of silence).
 """
 import json
-import logging
 import os
 import signal
-import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException
-from http.server import BaseHTTPRequestHandler
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 from urllib.request import HTTPHandler, OpenerDirector
 
-NAME, EXAMPLE = "front_end", "/lookup/1001"
 PORT = os.environ.get("PORT", "8000")
 CATALOG_ADDRESS = os.environ.get("CATALOG_ADDRESS", "127.0.0.1:8080")
-TIMEOUT = 5  # seconds in which a client must send its whole request, and the catalog its whole answer
+# opener.open() is like urlopen(), but no proxy, no redirect followed, and a 404 is returned like any other answer.
+opener = OpenerDirector()
+opener.add_handler(HTTPHandler())
+
+
+def to_json(value):
+    """Return a value as JSON: bytes, without spaces, with a newline at the end."""
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. handle(), below, makes a Handler for it; the base class reads it and calls do_GET for a GET."""
+    """Replies to one request. The base class reads the request, sets self.path, and calls do_GET for a GET."""
 
     def do_GET(self):
-        """Reply with what the catalog says of the item that the path names, or with an error."""
+        """Reply with the catalog's answer for the item that the path names, or with an error."""
         path = self.path.partition("?")[0]  # "/lookup/1001?x=1" -> "/lookup/1001"
-        if path.startswith("/lookup/"):
-            item_id = quote(path.removeprefix("/lookup/"), safe="%")  # "a/b" -> "a%2Fb", and "a%2Fb" stays as it is
-            self.relay(f"/query/{item_id}")
-        else:
-            self.send_error(404, f"no such path: {path}")
-
-    def relay(self, path):
-        """Ask the catalog for a path, and reply with its answer; without an answer, with 502 or 504."""
+        route, _, item_id = path.rpartition("/")  # "/lookup/1001" -> "/lookup", "/", "1001"
+        if route != "/lookup":
+            return self.send_error(404, f"no such path: {path}; try /lookup/1001")
+        url = f"http://{CATALOG_ADDRESS}/query/{quote(item_id, safe='%')}"  # keep %: it is URL-encoded already
         try:
-            with CATALOG.open(f"http://{CATALOG_ADDRESS}{path}", timeout=TIMEOUT) as answer:  # CATALOG: see the end
+            with opener.open(url, timeout=5) as answer:  # seconds to connect, and seconds of silence
                 body = answer.read()
-        except (OSError, HTTPException, ValueError, OverflowError, MemoryError) as error:  # by a bad address or answer
-            cause = getattr(error, "reason", error)  # urllib wraps the system's error in one of its own
-            status = 504 if isinstance(cause, socket.timeout) else 502
-            message = f"no answer from the catalog at {CATALOG_ADDRESS}: {cause}"
-            self.send_error(status, message, "start it there, or set CATALOG_ADDRESS to host:port")
+        except (OSError, HTTPException, ValueError) as error:  # no network, no HTTP, no valid address
+            reason = str(getattr(error, "reason", error))  # urllib wraps the system's error in one of its own
+            code = 504 if "timed out" in reason else 502
+            hint = "start it, or set CATALOG_ADDRESS to its host:port"
+            self.send_error(code, f"no answer from the catalog at {CATALOG_ADDRESS}: {reason}; {hint}")
         else:
             self.reply(answer.status, body, answer.headers.get("Content-Type", "application/octet-stream"))
 
-    # ---- A first reading may stop here. The text from here to the end of main() is the same in both scripts. ----
+    do_HEAD = do_GET  # reply() leaves out the body
 
-    do_HEAD = do_GET  # HEAD asks for the same as GET, without the body
-    default_request_version = "HTTP/1.0"  # else a request that can't be read would get a reply without a status
-    wbufsize = -1  # collect what is written to wfile, to send a reply in one piece
-
-    def reply(self, status, body, content_type="application/json"):
-        """Send the whole reply. body: bytes, or a value to send as JSON."""
-        if not isinstance(body, bytes):
-            body = json.dumps(body, separators=(",", ":")).encode() + b"\n"
-        self.send_response(status)
+    def reply(self, code, body, content_type="application/json"):
+        """Send a whole reply: a status code, the headers, and a body of bytes. Every reply is sent by this method."""
+        self.send_response(code)
         self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", len(body))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-    def send_error(self, code, message=None, hint=f"try GET {EXAMPLE}"):
-        """Reply with what is wrong (by default the name of the status) and what to do. http.server calls this too."""
-        self.reply(code, {"error": {"code": code, "message": f"{message or self.responses[code][0]}; {hint}"}})
+    def send_error(self, code, message=None, explain=None):
+        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't read."""
+        message = message or self.responses[code][0]  # by default the name of the status
+        self.log_error("%s", message)
+        self.reply(code, to_json({"error": {"code": code, "message": message}}))
+
+    # ---- A first reading may stop here. Above: the answers. Below: how it runs (slow clients, many clients, stopping).
+
+    timeout = 5  # seconds of silence after which a client is disconnected
+    wbufsize = -1  # a buffer of the default size for wfile, so that headers and body are sent in one piece
 
     def log_message(self, *args):
-        """Write a line to the log. If stderr is closed (None) or can't take it, the reply must be sent all the same."""
-        with suppress(AttributeError, OSError):
+        """Write a line to the log, stderr. If it can't be written (the terminal was closed), still reply."""
+        with suppress(OSError):
             super().log_message(*args)
 
 
-class Connection(socket.socket):
-    """A connection that may be read for TIMEOUT seconds in all. A plain socket's timeout starts again at each byte."""
+class Server(ThreadingHTTPServer):
+    """Accepts connections. A Handler serves each, in one of at most 1000 threads, each reused."""
 
-    end = None  # the first read sets it
+    allow_reuse_address = os.name != "nt"  # restart at once; on Windows it would share the port
+    request_queue_size = 1024  # connections that may wait to be accepted
+    timeout = 0.5  # seconds that handle_request waits for a connection
+    pool = ThreadPoolExecutor(1000)
+    running = True
 
-    def recv_into(self, *args):
-        """Read bytes, or raise socket.timeout. http.server and http.client read by this method only."""
-        self.end = self.end or time.monotonic() + TIMEOUT
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")  # noqa: UP041 (TimeoutError is the same from Python 3.10 on)
-        self.settimeout(left)
-        return super().recv_into(*args)
+    def process_request(self, request, client_address):
+        """Let a thread of the pool serve a connection (request is its socket) and close it."""
+        self.pool.submit(self.process_request_thread, request, client_address)
 
+    def handle_error(self, request, client_address):
+        """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
-def handle(accepted, address):
-    """Answer one client. accepted: the socket that listener.accept() made for it; address: the client's."""
-    with Connection(fileno=accepted.detach()) as connection:  # the same socket, as a Connection
-        try:
-            Handler(connection, address, None)  # reads the request, calls do_GET; None: it needs no server
-        except Exception as error:  # log a bug, which the pool would hide
-            if not isinstance(error, ConnectionError):  # that the client has gone is no bug
-                logging.getLogger(NAME).exception("a bug in this script")
-        connection.shutdown(socket.SHUT_WR)  # the client gets the whole reply, even if it still sends
+    def stop(self, number, frame):
+        """End the loop in main(). Called on a signal, with its number and the code that it interrupted."""
+        self.running = False
 
 
-def main(note=""):
-    """Serve until a signal comes. note: what the first line of the log says after the port."""
-    try:  # "" is every address of this machine; backlog: how many connections may wait to be accepted
-        listener = socket.create_server(("", int(PORT)), backlog=1024)
+def main():
+    """Serve until Ctrl-C or SIGTERM."""
+    try:
+        server = Server(("", int(PORT)), Handler)  # "" means every address of this machine
     except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"{NAME}: can't listen on PORT={PORT}: {error}")
-    stop = []  # not empty once a signal has come
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is Ctrl-C
-        signal.signal(number, lambda *args: stop.append(args))
-    # unlike print(), logging never fails; without settings it writes warnings, as they are, to stderr
-    logging.getLogger(NAME).warning(f"{NAME}: listening on port {listener.getsockname()[1]}, try {EXAMPLE}{note}")
-    with ThreadPoolExecutor(1000) as pool, listener:  # at the end, close the listener, then wait for the threads
-        turns = 1024  # after a signal: one for each connection that may be waiting
-        while turns:
-            listener.settimeout(0 if stop else 0.05)  # seconds to wait for a connection
-            with suppress(OSError, RuntimeError):  # none came, or the system is out of files or threads
-                pool.submit(handle, *listener.accept())
-            if stop:
-                turns -= 1
-
-
-# ---- The rest is in front_end.py alone: how it asks the catalog. ----
-class CatalogConnection(HTTPConnection):
-    """A connection to the catalog: TIMEOUT seconds to connect, and again for the whole answer."""
-
-    def connect(self):
-        super().connect()
-        self.sock = Connection(fileno=self.sock.detach())
-        self.sock.settimeout(TIMEOUT)  # for sending the request
-
-
-class CatalogHandler(HTTPHandler):
-    """Makes urllib.request use a CatalogConnection."""
-
-    def http_open(self, request):
-        return self.do_open(CatalogConnection, request)
-
-
-# Unlike urlopen(), this uses no proxy, follows no redirect, and takes a 404 or 503 for an answer like any other.
-CATALOG = OpenerDirector()
-CATALOG.add_handler(CatalogHandler())
+        sys.exit(f"front_end: can't listen on PORT={PORT}: {error}")
+    signal.signal(signal.SIGINT, server.stop)  # SIGINT is Ctrl-C
+    signal.signal(signal.SIGTERM, server.stop)
+    note = f"(catalog at {CATALOG_ADDRESS})"
+    print(f"front_end: listening on port {server.server_port}, try /lookup/1001 {note}", file=sys.stderr)
+    while server.running:
+        server.handle_request()
+    server.server_close()  # accepts no more
+    server.pool.shutdown()  # waits for the replies under way
 
 
 if __name__ == "__main__":
-    if "/" in CATALOG_ADDRESS:
-        sys.exit(f"{NAME}: bad CATALOG_ADDRESS {CATALOG_ADDRESS}; set it to host:port, without http://")
-    sys.exit(__doc__ if sys.argv[1:] else main(f" (catalog at {CATALOG_ADDRESS})"))
+    sys.exit(__doc__ if sys.argv[1:] else main())
