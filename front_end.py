@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with opener.open(url, timeout=5) as answer:  # seconds to connect, and seconds of silence
                 body = answer.read()
-        except (OSError, HTTPException, ValueError) as error:  # no network, no HTTP, no valid address
+        except (OSError, HTTPException, OverflowError, ValueError) as error:  # no network, no HTTP, no valid address
             reason = str(getattr(error, "reason", error))  # urllib wraps the system's error in one of its own
             code = 504 if "timed out" in reason else 502
             hint = "start it, or set CATALOG_ADDRESS to its host:port"
