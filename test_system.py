@@ -330,7 +330,7 @@ def docker(*arguments):
 
 @pytest.fixture(scope="module")
 def run():
-    """run(name, *options) starts a container, waits until it listens, and returns its id, ip and published port."""
+    """run(name, *options) starts a container, waits until it listens, and returns its id, ip and published (IPv4) port."""
     try:
         docker("version")
         docker("images", "--quiet", BASE) or docker("pull", BASE)
@@ -343,7 +343,7 @@ def run():
         container = docker("run", "--detach", "--label", MARK, *options, f"{name}-{MARK}")
         wait_until(lambda: ", try /" in docker("logs", container))
         ip = docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)
-        return SimpleNamespace(id=container, ip=ip, port=docker("port", container).rpartition(":")[2])
+        return SimpleNamespace(id=container, ip=ip, port=docker("port", container).split("\n")[0].rpartition(":")[2])
 
     yield run
     docker("rm", "--force", *docker("ps", "--all", "--quiet", "--filter", f"label={MARK}").split())
