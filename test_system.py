@@ -330,7 +330,7 @@ def docker(*arguments):
 
 @pytest.fixture(scope="module")
 def run():
-    """run(name, *options) starts a container, waits until it listens, and returns its id, ip and published (IPv4) port."""
+    """run(name, *options) starts a container and waits until it listens; returns its id, ip and published IPv4 port."""
     try:
         docker("version")
         docker("images", "--quiet", BASE) or docker("pull", BASE)
