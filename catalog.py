@@ -12,7 +12,7 @@ Setting, from the environment, as in `PORT=9000 python3 catalog.py`:
 An error is a status such as 404 with {"error":{"code":404,"message":"..."}}.
 Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after a reply to every request accepted before.
 Left out: HTTPS, log-in, IPv6, more than one request a connection, decoding of item ids, a database (edit ITEMS and
-start again), protection against thousands of slow clients (a client is disconnected after 5 seconds of silence).
+start again), protection against thousands of slow clients (only 5 seconds of silence end a connection).
 """
 import json
 import os

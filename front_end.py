@@ -10,10 +10,10 @@ Settings, from the environment, as in `PORT=9000 CATALOG_ADDRESS=10.0.2.15:8080 
     PORT             TCP port to listen on (default 8000; 0 means any free port)
     CATALOG_ADDRESS  where the catalog is: host:port, or host alone for port 80 (default 127.0.0.1:8080)
 
-The catalog's errors are relayed too. If it can't be asked, the status is 502; if it is silent for 5 seconds, 504.
+The catalog's errors are relayed too. Without a proper answer the status is 502; after 5 seconds of silence, 504.
 Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after a reply to every request accepted before.
 Left out: HTTPS, log-in, IPv6, more than one request a connection, a cache, a limit for the size of an answer,
-protection against thousands of slow clients (a client is disconnected after 5 seconds of silence).
+protection against a slow catalog or thousands of slow clients (only 5 seconds of silence end a connection).
 """
 import json
 import os
