@@ -10,9 +10,10 @@ Setting, from the environment, as in `PORT=9000 python3 catalog.py`:
     PORT    TCP port to listen on (default 8080; 0 means any free port)
 
 An error is a status such as 404 with {"error":{"code":404,"message":"..."}}.
-Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after a reply to every request accepted before.
-Left out: HTTPS, log-in, IPv6, more than one request a connection, decoding of item ids, a database (edit ITEMS and
-start again), protection against thousands of slow clients (only 5 seconds of silence end a connection).
+Ctrl-C or SIGTERM (which `docker stop` sends) ends it when the connections accepted so far have been served; those that
+still wait to be accepted are reset. The same signal again ends it at once, unless it is process 1 of a container.
+Left out: HTTPS, log-in, IPv6, more than one request a connection, a database (edit ITEMS and start again), protection
+against slow clients (only 5 seconds of silence end a connection; a byte now and then holds up a stop).
 """
 import json
 import os
@@ -20,7 +21,9 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from urllib.parse import unquote
 
 PORT = os.environ.get("PORT", "8080")
 ITEMS = {
@@ -41,14 +44,15 @@ class Handler(BaseHTTPRequestHandler):
         """Reply with the item that the path names, or with an error."""
         path = self.path.partition("?")[0]  # "/query/1001?x=1" -> "/query/1001"
         route, _, item_id = path.rpartition("/")  # "/query/1001" -> "/query", "/", "1001"
+        item = ITEMS.get(unquote(item_id))  # "a%20b" stands for "a b"
         if route != "/query":
             self.send_error(404, f"no such path: {path}; try /query/1001")
-        elif item_id not in ITEMS:
+        elif item is None:
             self.send_error(404, f"no such item: {item_id}; try one of {', '.join(ITEMS)}")
         else:
-            self.reply(200, to_json({"data": ITEMS[item_id]}))
+            self.reply(200, to_json({"data": item}))
 
-    do_HEAD = do_GET  # reply() leaves out the body
+    do_HEAD = do_GET  # HEAD asks for the headers alone; reply() leaves out the body
 
     def reply(self, code, body, content_type="application/json"):
         """Send a whole reply: a status code, the headers, and a body of bytes. Every reply is sent by this method."""
@@ -60,54 +64,62 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code, message=None, explain=None):
-        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't read."""
+        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't serve."""
+        # The base class may pass a longer text, explain, which is not used.
         message = message or self.responses[code][0]  # by default the name of the status
-        self.log_error("%s", message)
+        self.log_error("%s", message)  # not as the format: the message may hold a %
         self.reply(code, to_json({"error": {"code": code, "message": message}}))
 
     # ---- A first reading may stop here. Above: the answers. Below: how it runs (slow clients, many clients, stopping).
 
-    timeout = 5  # seconds of silence after which a client is disconnected
-    wbufsize = -1  # a buffer of the default size for wfile, so that headers and body are sent in one piece
+    timeout = 5  # seconds of silence after which the base class disconnects a client
+    wbufsize = -1  # buffer writes, so that headers and a small body are sent together (by default: apart)
+    default_request_version = "HTTP/1.0"  # a first line that can't be read gets a status line and headers, too
 
     def log_message(self, *args):
-        """Write a line to the log, stderr. If it can't be written (the terminal was closed), still reply."""
-        with suppress(OSError):
+        """Write a line to the log, stderr. Where it is closed (OSError) or missing (AttributeError), still reply."""
+        with suppress(OSError, AttributeError):
             super().log_message(*args)
 
 
-class Server(ThreadingHTTPServer):
-    """Accepts connections. A Handler serves each, in one of at most 1000 threads, each reused."""
+class Server(ThreadingTCPServer):
+    """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
-    allow_reuse_address = os.name != "nt"  # restart at once; on Windows it would share the port
+    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool.
+    There process_request_thread() makes a Handler, which calls do_GET(), and closes the connection.
+    """
+
+    allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port
     request_queue_size = 1024  # connections that may wait to be accepted
-    timeout = 0.5  # seconds that handle_request waits for a connection
-    pool = ThreadPoolExecutor(1000)
+    timeout = 0.5  # seconds that handle_request() waits for a connection, so that the loop in main() looks at running
     running = True
+    pool = ThreadPoolExecutor(1000)
 
     def process_request(self, request, client_address):
-        """Let a thread of the pool serve a connection (request is its socket) and close it."""
-        self.pool.submit(self.process_request_thread, request, client_address)
+        """Hand a connection (request is its socket) to the pool. It starts at most 1000 threads and reuses each."""
+        with suppress(RuntimeError):  # no new thread can start; the connection is queued and waits for an old one
+            self.pool.submit(self.process_request_thread, request, client_address)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the exception
             super().handle_error(request, client_address)
 
     def stop(self, number, frame):
         """End the loop in main(). Called on a signal, with its number and the code that it interrupted."""
         self.running = False
+        signal.signal(number, signal.SIG_DFL)  # the same signal again ends the process at once
 
 
 def main():
     """Serve until Ctrl-C or SIGTERM."""
     try:
-        server = Server(("", int(PORT)), Handler)  # "" means every address of this machine
+        server = Server(("", int(PORT)), Handler)  # "": every IPv4 address of this machine
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"catalog: can't listen on PORT={PORT}: {error}")
     signal.signal(signal.SIGINT, server.stop)  # SIGINT is Ctrl-C
     signal.signal(signal.SIGTERM, server.stop)
-    print(f"catalog: listening on port {server.server_port}, try /query/1001", file=sys.stderr)
+    print(f"catalog: listening on port {server.server_address[1]}, try /query/1001", file=sys.stderr)
     while server.running:
         server.handle_request()
     server.server_close()  # accepts no more
@@ -115,4 +127,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(__doc__ if sys.argv[1:] else main())
+    if sys.argv[1:]:
+        sys.exit(__doc__)
+    main()

@@ -11,9 +11,10 @@ Settings, from the environment, as in `PORT=9000 CATALOG_ADDRESS=10.0.2.15:8080 
     CATALOG_ADDRESS  where the catalog is: host:port, or host alone for port 80 (default 127.0.0.1:8080)
 
 The catalog's errors are relayed too. Without a proper answer the status is 502; after 5 seconds of silence, 504.
-Ctrl-C or SIGTERM (the signal that `docker stop` sends) ends it, after a reply to every request accepted before.
-Left out: HTTPS, log-in, IPv6, more than one request a connection, a cache, a limit for the size of an answer,
-protection against a slow catalog or thousands of slow clients (only 5 seconds of silence end a connection).
+Ctrl-C or SIGTERM (which `docker stop` sends) ends it when the connections accepted so far have been served; those that
+still wait to be accepted are reset. The same signal again ends it at once, unless it is process 1 of a container.
+Left out: HTTPS, log-in, IPv6, more than one request a connection, a cache, a limit for an answer's size, protection
+against a slow catalog or client (only 5 seconds of silence end a connection; a byte now and then holds up a stop).
 """
 import json
 import os
@@ -22,13 +23,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
 from urllib.parse import quote
 from urllib.request import HTTPHandler, OpenerDirector
 
 PORT = os.environ.get("PORT", "8000")
 CATALOG_ADDRESS = os.environ.get("CATALOG_ADDRESS", "127.0.0.1:8080")
-# opener.open() is like urlopen(), but no proxy, no redirect followed, and a 404 is returned like any other answer.
+# Why not urlopen()? It would use a proxy, follow redirects, and raise an exception for a 404. opener.open() does not.
 opener = OpenerDirector()
 opener.add_handler(HTTPHandler())
 
@@ -52,14 +54,14 @@ class Handler(BaseHTTPRequestHandler):
             with opener.open(url, timeout=5) as answer:  # seconds to connect, and seconds of silence
                 body = answer.read()
         except (OSError, HTTPException, OverflowError, ValueError) as error:  # no network, no HTTP, no valid address
-            reason = str(getattr(error, "reason", error))  # urllib wraps the system's error in one of its own
+            reason = str(getattr(error, "reason", error))  # urllib wraps most errors; the cause is their reason
             code = 504 if "timed out" in reason else 502
             hint = "start it, or set CATALOG_ADDRESS to its host:port"
             self.send_error(code, f"no answer from the catalog at {CATALOG_ADDRESS}: {reason}; {hint}")
         else:
             self.reply(answer.status, body, answer.headers.get("Content-Type", "application/octet-stream"))
 
-    do_HEAD = do_GET  # reply() leaves out the body
+    do_HEAD = do_GET  # HEAD asks for the headers alone; reply() leaves out the body
 
     def reply(self, code, body, content_type="application/json"):
         """Send a whole reply: a status code, the headers, and a body of bytes. Every reply is sent by this method."""
@@ -71,55 +73,63 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code, message=None, explain=None):
-        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't read."""
+        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't serve."""
+        # The base class may pass a longer text, explain, which is not used.
         message = message or self.responses[code][0]  # by default the name of the status
-        self.log_error("%s", message)
+        self.log_error("%s", message)  # not as the format: the message may hold a %
         self.reply(code, to_json({"error": {"code": code, "message": message}}))
 
     # ---- A first reading may stop here. Above: the answers. Below: how it runs (slow clients, many clients, stopping).
 
-    timeout = 5  # seconds of silence after which a client is disconnected
-    wbufsize = -1  # a buffer of the default size for wfile, so that headers and body are sent in one piece
+    timeout = 5  # seconds of silence after which the base class disconnects a client
+    wbufsize = -1  # buffer writes, so that headers and a small body are sent together (by default: apart)
+    default_request_version = "HTTP/1.0"  # a first line that can't be read gets a status line and headers, too
 
     def log_message(self, *args):
-        """Write a line to the log, stderr. If it can't be written (the terminal was closed), still reply."""
-        with suppress(OSError):
+        """Write a line to the log, stderr. Where it is closed (OSError) or missing (AttributeError), still reply."""
+        with suppress(OSError, AttributeError):
             super().log_message(*args)
 
 
-class Server(ThreadingHTTPServer):
-    """Accepts connections. A Handler serves each, in one of at most 1000 threads, each reused."""
+class Server(ThreadingTCPServer):
+    """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
-    allow_reuse_address = os.name != "nt"  # restart at once; on Windows it would share the port
+    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool.
+    There process_request_thread() makes a Handler, which calls do_GET(), and closes the connection.
+    """
+
+    allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port
     request_queue_size = 1024  # connections that may wait to be accepted
-    timeout = 0.5  # seconds that handle_request waits for a connection
-    pool = ThreadPoolExecutor(1000)
+    timeout = 0.5  # seconds that handle_request() waits for a connection, so that the loop in main() looks at running
     running = True
+    pool = ThreadPoolExecutor(1000)
 
     def process_request(self, request, client_address):
-        """Let a thread of the pool serve a connection (request is its socket) and close it."""
-        self.pool.submit(self.process_request_thread, request, client_address)
+        """Hand a connection (request is its socket) to the pool. It starts at most 1000 threads and reuses each."""
+        with suppress(RuntimeError):  # no new thread can start; the connection is queued and waits for an old one
+            self.pool.submit(self.process_request_thread, request, client_address)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the exception
             super().handle_error(request, client_address)
 
     def stop(self, number, frame):
         """End the loop in main(). Called on a signal, with its number and the code that it interrupted."""
         self.running = False
+        signal.signal(number, signal.SIG_DFL)  # the same signal again ends the process at once
 
 
 def main():
     """Serve until Ctrl-C or SIGTERM."""
     try:
-        server = Server(("", int(PORT)), Handler)  # "" means every address of this machine
+        server = Server(("", int(PORT)), Handler)  # "": every IPv4 address of this machine
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"front_end: can't listen on PORT={PORT}: {error}")
     signal.signal(signal.SIGINT, server.stop)  # SIGINT is Ctrl-C
     signal.signal(signal.SIGTERM, server.stop)
     note = f"(catalog at {CATALOG_ADDRESS})"
-    print(f"front_end: listening on port {server.server_port}, try /lookup/1001 {note}", file=sys.stderr)
+    print(f"front_end: listening on port {server.server_address[1]}, try /lookup/1001 {note}", file=sys.stderr)
     while server.running:
         server.handle_request()
     server.server_close()  # accepts no more
@@ -127,4 +137,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(__doc__ if sys.argv[1:] else main())
+    if sys.argv[1:]:
+        sys.exit(__doc__)
+    main()
