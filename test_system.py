@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -32,7 +31,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signa
 
 
 class Service:
-    """A running service: a process, in a group of its own, with its log in a file."""
+    """A running service: a process in a group of its own, with its log in a file."""
 
     def __init__(self, command, settings, log_file):
         self.log_file = log_file
@@ -51,10 +50,6 @@ class Service:
             assert time.monotonic() < end
             time.sleep(0.01)
 
-    def wait(self):
-        """Wait until the process ends; return its status."""
-        return self.process.wait(WAIT)
-
     def send_signal(self, number):
         send = getattr(os, "killpg", os.kill)  # to the group: sh and docker start others
         send(self.process.pid, number)
@@ -62,7 +57,7 @@ class Service:
     def kill(self):
         if self.process.poll() is None:
             self.send_signal(9)
-        self.wait()
+        self.process.wait(WAIT)
 
 
 @pytest.fixture
@@ -70,7 +65,7 @@ def start(tmp_path):
     """start("catalog.py", PORT="8080"): run it, with settings (environment variables), until it listens."""
     services = []
 
-    def start(script, runner=(sys.executable,), **settings):
+    def start(script, runner=(sys.executable,), **settings):  # runner: what runs the script
         service = Service([*runner, script], settings, tmp_path / f"log{len(services)}")
         services.append(service)
         service.wait_for(", try /")
@@ -114,16 +109,20 @@ def test_a_lookup_at_the_front_end_equals_the_query_at_the_catalog(catalog, fron
         assert ask(front_end, f"/lookup/{item_id}") == query
 
 
-def test_an_unknown_item_is_404(catalog, front_end):
-    reply = error(404, "no such item: 9; try one of 1001, 1002")
-    assert ask(catalog, "/query/9") == reply
-    assert ask(front_end, "/lookup/9") == reply
+def test_an_unknown_item_is_404_and_the_log_shows_it(catalog, front_end):
+    for item_id in ("9", "%0A", ".."):
+        reply = error(404, f"no such item: {item_id}; try one of 1001, 1002")
+        assert ask(catalog, f"/query/{item_id}") == reply
+        assert ask(front_end, f"/lookup/{item_id}") == reply
+        assert f"no such item: {item_id}; " in catalog.log()
 
 
-@each("path", ["/", "/price/1001", "/x/query/1001", "/x/lookup/1001", "http://127.0.0.1:1/lookup/1001", "*"])
-def test_an_unknown_path_is_404(catalog, front_end, path):
-    assert ask(catalog, path) == error(404, f"no such path: {path}; try /query/1001")
-    assert ask(front_end, path) == error(404, f"no such path: {path}; try /lookup/1001")
+def test_an_unknown_path_is_404_and_the_catalog_is_not_asked(catalog, front_end):
+    for path in ("/", "/lookup/1001", "/x/query/1001", "/query/x/1001"):
+        assert ask(catalog, path) == error(404, f"no such path: {path}; try /query/1001")
+    for path in ("/", "/query/7", "/x/lookup/7", "/lookup/x/7", "http://127.0.0.1:1/lookup/7"):
+        assert ask(front_end, path) == error(404, f"no such path: {path}; try /lookup/1001")
+    assert "/query/7" not in catalog.log()
 
 
 def test_a_lookup_is_502_while_the_catalog_is_down(start, catalog, front_end):
@@ -136,17 +135,17 @@ def test_a_lookup_is_502_while_the_catalog_is_down(start, catalog, front_end):
 @posix
 @signals
 @both
-def test_a_signal_ends_an_idle_service_without_a_word_and_it_can_start_again(start, script, number):
+def test_a_signal_ends_an_idle_service_and_it_can_start_again(start, script, number):
     service = start(script)
     ask(service, "/")
     before = service.log()
     service.send_signal(number)
-    assert service.wait() == 0
+    assert service.process.wait(WAIT) == 0
     assert service.log() == before
     start(script, PORT=str(service.port))
 
 
-# ---- A first reading may stop here. Below: the unusual, in sections, each with its own tools. ----
+# ---- A first reading may stop here. Below: sections, each with its own tools. ----
 
 # ---- Requests ----
 
@@ -156,7 +155,7 @@ def connect(service):
 
 
 def send(service, request):
-    """Send bytes that http.client would not send; return all the bytes that come back."""
+    """Send bytes as they are; return all the bytes that come back."""
     with connect(service) as connection:
         connection.sendall(request)
         return connection.makefile("rb").read()
@@ -207,21 +206,20 @@ def test_a_malformed_request_gets_its_status_and_a_reason(start, script, sent, s
 def asking(start):
     """A front end that asks a socket, asking.catalog. A query waits there until the test accepts it."""
     with socket.create_server(("127.0.0.1", 0), backlog=400) as catalog:
-        address = f"127.0.0.1:{catalog.getsockname()[1]}"
-        asking = start("front_end.py", CATALOG_ADDRESS=address)
+        asking = start("front_end.py", CATALOG_ADDRESS=f"127.0.0.1:{catalog.getsockname()[1]}")
         asking.catalog = catalog
         yield asking
 
 
 def begin_lookup(asking):
-    """Send a lookup, but don't wait: the test must answer the front end's query first."""
+    """Send a lookup, but don't wait: the test must answer the query first."""
     lookup = http.client.HTTPConnection("127.0.0.1", asking.port)
     lookup.request("GET", "/lookup/1001")
     return lookup
 
 
 def accept_query(asking):
-    """Accept a query of the front end; return the connection, for the answer."""
+    """Accept a query; return the connection, for the answer."""
     connection, _ = asking.catalog.accept()
     connection.recv(65536)
     return connection
@@ -231,21 +229,21 @@ OK = b"HTTP/1.0 200 OK\r\n"
 ANY = b" \r\n\r\n\0\xff\r\n "
 
 
-@each("answer, status, content_type, body", [
+@each("answer, status, kind, body", [
     (OK + b"Content-Type: a/b; c=d\r\n\r\n" + ANY, 200, "a/b; c=d", ANY),
     (b"HTTP/1.0 302 No\r\nContent-Type: a/b\r\nLocation: http://127.0.0.1:1\r\n\r\nx", 302, "a/b", b"x"),
     (b"HTTP/1.1 500 No\r\nContent-Length: 1\r\n\r\nx", 500, "application/octet-stream", b"x"),
     (b"", 502, "application/json", b"Remote end closed connection without response"),
-    (b"SSH-2.0-OpenSSH_9.2\r\n", 502, "application/json", b"SSH-2.0-OpenSSH_9.2"),
+    (b"SSH-2.0\r\n", 502, "application/json", b"SSH-2.0"),
     (OK + b"Content-Length: 3\r\n\r\n{}", 502, "application/json", b"2 bytes read, 1 more expected"),
 ])
-def test_an_answer_is_relayed_as_it_is_and_no_answer_is_502(asking, answer, status, content_type, body):
+def test_an_answer_is_relayed_as_it_is_and_no_answer_is_502(asking, answer, status, kind, body):
     lookup = begin_lookup(asking)
     with accept_query(asking) as connection:
         connection.sendall(answer)
     reply = lookup.getresponse()
     assert reply.status == status
-    assert reply.headers["Content-Type"] == content_type
+    assert reply.headers["Content-Type"] == kind
     assert body in reply.read()
 
 
@@ -256,8 +254,8 @@ def test_a_proxy_is_not_used(start, catalog):
 
 
 @each("item_id, asked", [
-    (b"", b""), (b"..", b".."), (b"%0d%0aX:%20y", b"%0d%0aX%3A%20y"), (b"@host:1", b"%40host%3A1"),
-    (b"#x", b"%23x"), (b"\x7f", b"%7F"), (b"\xe9", b"%C3%A9"),
+    (b"", b""), (b"%0d%0aX:%20y", b"%0d%0aX%3A%20y"), (b"@host:1", b"%40host%3A1"),
+    (b"\x7f", b"%7F"), (b"\xe9", b"%C3%A9"),
 ])
 def test_whatever_the_id_the_catalog_is_asked_for_it_alone(asking, item_id, asked):
     with connect(asking) as client:
@@ -290,17 +288,16 @@ def test_a_catalog_whose_packets_get_lost_is_504(start):
 # ---- Start ----
 
 
-def run(command, timeout=WAIT, env=None):
+def run(*command, timeout=WAIT, **settings):
     """Run a command to its end."""
-    return subprocess.run(
-        command, check=False, cwd=HERE, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    options = {"cwd": HERE, "env": {**os.environ, **settings}, "timeout": timeout}
+    return subprocess.run(command, check=False, capture_output=True, text=True, **options)
 
 
 @both
-def test_a_bad_or_taken_port_ends_a_service_with_a_line_that_says_why(catalog, script):
+def test_a_bad_or_taken_port_ends_a_service_that_says_why(catalog, script):
     for port in ("eighty", "", "-1", "65536", "9" * 20, str(catalog.port)):
-        ended = run([sys.executable, script], env={**os.environ, "PORT": port})
+        ended = run(sys.executable, script, PORT=port)
         assert ended.returncode == 1
         assert re.fullmatch(rf"\w+: can't listen on PORT={port}: .+\n", ended.stderr)
 
@@ -340,7 +337,7 @@ def test_the_readmes_first_command_runs_both_and_ctrl_c_ends_both(start):
 MORE = [sys.executable, "-c", """
 import functools, importlib, os, socket, sys, threading, time
 service = importlib.import_module(sys.argv[1].replace(".py", ""))
-socket.getfqdn = None  # no look-up of the machine's own name, nor of others (flags: numbers only)
+socket.getfqdn = None  # no look-up of the machine's name, nor of any other
 socket.getaddrinfo = functools.partial(socket.getaddrinfo, flags=socket.AI_NUMERICHOST)
 
 class Handler(service.Handler):
@@ -354,7 +351,7 @@ class Handler(service.Handler):
     def do_CLOSED_LOG(self):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 2)  # not open for writing
     def do_NO_THREADS(self):
-        threading.stack_size(1 << 60)  # more than there is: no further thread can start
+        threading.stack_size(1 << 60)  # more than there is: none can start
         threading.Thread().start()
     def do_SLEEP(self):
         time.sleep(60)
@@ -368,7 +365,7 @@ service.main()
 
 @both
 @each("sent, tracebacks", [
-    (b"", 0), (b"G", 0), (b"BIG / HTTP/1.0\r\n\r\n", 0), (b"BUG / HTTP/1.0\r\n\r\n", 1),
+    (b"G", 0), (b"BIG / HTTP/1.0\r\n\r\n", 0), (b"BUG / HTTP/1.0\r\n\r\n", 1),
 ])
 def test_a_bug_leaves_a_traceback_and_a_client_that_hangs_up_does_not(start, script, sent, tracebacks):
     service = start(script, MORE)
@@ -376,7 +373,7 @@ def test_a_bug_leaves_a_traceback_and_a_client_that_hangs_up_does_not(start, scr
         client.sendall(sent)
     assert ask(service, "/").status == 404
     send(service, b"STOP / HTTP/1.0\r\n\r\n")
-    assert service.wait() == 0  # after it the log is complete
+    assert service.process.wait(WAIT) == 0  # after it the log is complete
     assert service.log().count("Traceback") == tracebacks
 
 
@@ -392,7 +389,7 @@ def test_a_log_that_is_missing_or_closed_costs_no_reply(start, script, method):
 
 @posix
 @both
-def test_where_no_thread_can_start_a_connection_waits_for_an_old_one(start, script):
+def test_a_connection_waits_where_no_thread_can_start(start, script):
     service = start(script, MORE)
     send(service, b"NO_THREADS / HTTP/1.0\r\n\r\n")
     assert "can't start new thread" in service.log()
@@ -401,8 +398,7 @@ def test_where_no_thread_can_start_a_connection_waits_for_an_old_one(start, scri
 
 
 @each("address", [
-    "127.0.0.1:1", "catalog", "http://catalog:80", "catalog:80/path", "", "a b", "a..b", "a:b",
-    "127.0.0.1:99999999999", "255.255.255.255:80",
+    "127.0.0.1:1", "127.0.0.1:99999999999", "catalog", "http://catalog:80", "catalog:80/x", "", "a b", "a..b",
 ])
 def test_a_wrong_address_is_502_and_the_log_shows_it(start, address):
     front_end = start("front_end.py", MORE, CATALOG_ADDRESS=address)
@@ -416,16 +412,15 @@ def test_a_wrong_address_is_502_and_the_log_shows_it(start, address):
 
 # ---- Load and stop ----
 
-open_files = pytest.mark.skipif(
-    os.name == "posix" and os.sysconf("SC_OPEN_MAX") < 1000, reason="needs 1000 open files: ulimit -n 1024"
-)
+few_files = os.name == "posix" and os.sysconf("SC_OPEN_MAX") < 1000
+open_files = pytest.mark.skipif(few_files, reason="too few files may be open: ulimit -n 1024")
 ANSWER = OK + b"\r\n" + BOOKS["1001"]
 
 
 @open_files
 def test_400_lookups_are_under_way_at_once(asking):
-    # With too few threads, some queries don't come before others are answered, and accept() fails.
-    asking.catalog.settimeout(4)  # seconds, less than the 5 after which the front end gives up
+    # With fewer threads, some queries don't come before others are answered, and accept() fails.
+    asking.catalog.settimeout(4)  # seconds; after 5 the front end gives up
     lookups = [begin_lookup(asking) for _ in range(400)]
     for connection in [accept_query(asking) for _ in range(400)]:
         with connection:
@@ -441,7 +436,7 @@ def test_400_silent_clients_keep_nobody_out_and_are_disconnected(start, script):
     begun = time.monotonic()
     clients = [connect(service) for _ in range(400)]
     assert ask(service, "/").status == 404
-    assert select.select(clients, [], [], 0)[0] == []  # the reply has waited for none of them
+    assert time.monotonic() - begun < 4.9  # with fewer threads: after 5
     for client in clients:
         with client:
             assert client.recv(1) == b""
@@ -457,7 +452,7 @@ def test_a_stop_finishes_what_is_under_way(asking, number):
         wait_until_closed(asking.port)
         connection.sendall(ANSWER)
     assert lookup.getresponse().read() == BOOKS["1001"]
-    assert asking.wait() == 0
+    assert asking.process.wait(WAIT) == 0
 
 
 @posix
@@ -471,18 +466,17 @@ def test_the_same_signal_again_ends_a_service_at_once(start, script, number):
         service.send_signal(number)
         wait_until_closed(service.port)
         service.send_signal(number)
-        assert service.wait() == -number
+        assert service.process.wait(WAIT) == -number
 
 
 # ---- In containers, on a real engine ----
 
-BASE = "python:3.14-alpine"
 TEST = f"test-{os.getpid()}"  # in the names of all that these tests make
 
 
 def docker(*arguments):
-    """Run a docker command; return what it wrote."""
-    ended = run(["docker", *arguments], timeout=600)
+    """Return what a docker command wrote."""
+    ended = run("docker", *arguments, timeout=600)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.strip()
 
@@ -491,11 +485,11 @@ def docker(*arguments):
 def images(tmp_path_factory):
     """Build both images, from files that only their owner may read, as a strict umask leaves them."""
     try:
-        docker("run", "--rm", BASE, "true")
+        docker("run", "--rm", "python:3.14-alpine", "true")
     except (OSError, AssertionError, subprocess.TimeoutExpired) as reason:
         if os.environ.get("NEED_DOCKER"):
             raise
-        pytest.skip(f"no Docker engine, or no base image: {reason}")
+        pytest.skip(f"no Docker engine or base image: {reason}")
     folder = tmp_path_factory.mktemp("images")
     docker("network", "create", TEST)
     try:
@@ -535,10 +529,10 @@ def test_an_image_holds_its_script_alone_is_not_root_and_stops(start_container, 
     assert re.fullmatch(r"[1-9]\d*:\d+", user)  # not root; by number, as Kubernetes' runAsNonRoot wants it
     assert docker("exec", container.name, "ls", "-A", "/app") == f"{name}.py"
     docker("stop", container.name)
-    assert container.wait() == 0
+    assert container.process.wait(WAIT) == 0
 
 
-def test_the_catalog_is_found_by_name_at_any_address(start_container):
+def test_a_catalog_is_found_by_name_at_any_address(start_container):
     named = ["--network", TEST, "--network-alias", "catalog"]
     catalog = start_container("catalog", *named)
     front_end = start_container("front_end", "--network", TEST)
@@ -549,7 +543,7 @@ def test_the_catalog_is_found_by_name_at_any_address(start_container):
     successor.wait_for(f"{front_end.ip} - - ")
 
 
-def test_the_catalog_is_found_by_address_and_by_published_port(start_container):
+def test_a_catalog_is_found_by_address_and_by_published_port(start_container):
     catalog = start_container("catalog")
     beside = start_container("front_end", "-e", f"CATALOG_ADDRESS={catalog.ip}:80")
     address = f"CATALOG_ADDRESS=host.docker.internal:{catalog.port}"
@@ -568,8 +562,10 @@ def test_readme_and_docstrings_show_what_the_services_say(catalog, front_end):
     catalog.kill()
     said += ask(front_end, "/lookup/1001").body.decode()
     said = said.replace(str(catalog.port), "8080").replace(str(front_end.port), "8000")
-    lines = said.splitlines()
-    assert lines[0] in run([sys.executable, "catalog.py", "--help"]).stderr
-    assert lines[1] in run([sys.executable, "front_end.py", "--help"]).stderr
-    for line in [*lines, BOOKS["1001"].decode(), BOOKS["1002"].decode()]:
+    lines = [*said.splitlines(), BOOKS["1001"].decode(), BOOKS["1002"].decode()]
+    for line in lines:
         assert line in text_of("README.md")
+    for script, line in (("catalog.py", lines[0]), ("front_end.py", lines[1])):
+        docstring = run(sys.executable, script, "--help").stderr
+        assert line in docstring
+        assert BOOKS["1001"].decode() in docstring
