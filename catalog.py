@@ -86,7 +86,7 @@ class Server(ThreadingTCPServer):
     """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
     handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool.
-    There process_request_thread() makes a Handler, which calls do_GET(), and closes the connection.
+    There process_request_thread() makes a Handler, which calls do_GET(); after that it closes the connection.
     """
 
     allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port

@@ -30,7 +30,7 @@ from urllib.request import HTTPHandler, OpenerDirector
 
 PORT = os.environ.get("PORT", "8000")
 CATALOG_ADDRESS = os.environ.get("CATALOG_ADDRESS", "127.0.0.1:8080")
-# Why not urlopen()? It would use a proxy, follow redirects, and raise an exception for a 404. opener.open() does not.
+# Why not urlopen()? It would use a proxy, follow redirects, and raise an exception for a 404. opener.open() only asks.
 opener = OpenerDirector()
 opener.add_handler(HTTPHandler())
 
@@ -95,7 +95,7 @@ class Server(ThreadingTCPServer):
     """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
     handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool.
-    There process_request_thread() makes a Handler, which calls do_GET(), and closes the connection.
+    There process_request_thread() makes a Handler, which calls do_GET(); after that it closes the connection.
     """
 
     allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port
