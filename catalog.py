@@ -10,10 +10,9 @@ Setting, from the environment, as in `PORT=9000 python3 catalog.py`:
     PORT    TCP port to listen on (default 8080; 0 means any free port)
 
 An error is a status such as 404 with {"error":{"code":404,"message":"..."}}.
-Ctrl-C or SIGTERM (which `docker stop` sends) ends it when the connections accepted so far have been served; those that
-still wait to be accepted are reset. The same signal again ends it at once, unless it is process 1 of a container.
-Left out: HTTPS, log-in, IPv6, more than one request a connection, a database (edit ITEMS and start again), protection
-against slow clients (only 5 seconds of silence end a connection; a byte now and then holds up a stop).
+Ctrl-C, or SIGTERM (which `docker stop` sends), stops it; replies under way are finished first.
+Left out: HTTPS, log-in, IPv6, keep-alive, a database (edit ITEMS and start again), protection against slow clients
+(5 seconds of silence end a connection, but a byte now and then keeps it, and delays a stop).
 """
 import json
 import os
@@ -44,10 +43,11 @@ class Handler(BaseHTTPRequestHandler):
         """Reply with the item that the path names, or with an error."""
         path = self.path.partition("?")[0]  # "/query/1001?x=1" -> "/query/1001"
         route, _, item_id = path.rpartition("/")  # "/query/1001" -> "/query", "/", "1001"
-        item = ITEMS.get(unquote(item_id))  # "a%20b" stands for "a b"
         if route != "/query":
             self.send_error(404, f"no such path: {path}; try /query/1001")
-        elif item is None:
+            return
+        item = ITEMS.get(unquote(item_id))  # "a%20b" stands for "a b"
+        if item is None:
             self.send_error(404, f"no such item: {item_id}; try one of {', '.join(ITEMS)}")
         else:
             self.reply(200, to_json({"data": item}))
@@ -63,18 +63,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_error(self, code, message=None, explain=None):
-        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't serve."""
-        # The base class may pass a longer text, explain, which is not used.
+    def send_error(self, code, message=None, explain=None):  # explain is not used
+        """Log an error and reply with it as JSON. The base class also calls this, for a request that it can't serve."""
         message = message or self.responses[code][0]  # by default the name of the status
-        self.log_error("%s", message)  # not as the format: the message may hold a %
+        self.log_error("%s", message)  # the first argument is a format, and the message may hold a %
         self.reply(code, to_json({"error": {"code": code, "message": message}}))
 
     # ---- A first reading may stop here. Above: the answers. Below: how it runs (slow clients, many clients, stopping).
 
     timeout = 5  # seconds of silence after which the base class disconnects a client
-    wbufsize = -1  # buffer writes, so that headers and a small body are sent together (by default: apart)
-    default_request_version = "HTTP/1.0"  # a first line that can't be read gets a status line and headers, too
+    wbufsize = -1  # buffer what is written, so that headers and a small body are sent together
+    default_request_version = "HTTP/1.0"  # for a line that can't be parsed; by default 0.9: no status line, no headers
 
     def log_message(self, *args):
         """Write a line to the log, stderr. Where it is closed (OSError) or missing (AttributeError), still reply."""
@@ -82,27 +81,28 @@ class Handler(BaseHTTPRequestHandler):
             super().log_message(*args)
 
 
-class Server(ThreadingTCPServer):
+class Server(ThreadingTCPServer):  # ThreadingHTTPServer also looks up this machine's name, which may take seconds
     """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
-    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool.
-    There process_request_thread() makes a Handler, which calls do_GET(); after that it closes the connection.
+    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool. There
+    the base class's process_request_thread() makes a Handler, which calls do_GET(), and then closes the connection.
     """
 
     allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port
     request_queue_size = 1024  # connections that may wait to be accepted
-    timeout = 0.5  # seconds that handle_request() waits for a connection, so that the loop in main() looks at running
-    running = True
-    pool = ThreadPoolExecutor(1000)
+    timeout = 0.5  # handle_request() returns after so many seconds without a connection; main() then looks at running
+    running = True  # until stop()
+    pool = ThreadPoolExecutor(1000)  # starts a thread where none is idle, up to 1000; the system may allow fewer
 
     def process_request(self, request, client_address):
-        """Hand a connection (request is its socket) to the pool. It starts at most 1000 threads and reuses each."""
-        with suppress(RuntimeError):  # no new thread can start; the connection is queued and waits for an old one
+        """Hand a connection to the pool; request is its socket."""
+        with suppress(RuntimeError):  # no further thread can start; submit() has queued it, and an old thread takes it
             self.pool.submit(self.process_request_thread, request, client_address)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # the exception
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
             super().handle_error(request, client_address)
 
     def stop(self, number, frame):
@@ -127,6 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(__doc__)
     main()

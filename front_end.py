@@ -6,15 +6,14 @@
     $ curl localhost:8000/lookup/1001
     {"data":{"name":"RPCs for Dummies","price":14.99,"quantity":10}}
 
-Settings, from the environment, as in `PORT=9000 CATALOG_ADDRESS=10.0.2.15:8080 python3 front_end.py`:
+Settings, from the environment, as in `PORT=9000 CATALOG_ADDRESS=10.20.0.15:8080 python3 front_end.py`:
     PORT             TCP port to listen on (default 8000; 0 means any free port)
     CATALOG_ADDRESS  where the catalog is: host:port, or host alone for port 80 (default 127.0.0.1:8080)
 
 The catalog's errors are relayed too. Without a proper answer the status is 502; after 5 seconds of silence, 504.
-Ctrl-C or SIGTERM (which `docker stop` sends) ends it when the connections accepted so far have been served; those that
-still wait to be accepted are reset. The same signal again ends it at once, unless it is process 1 of a container.
-Left out: HTTPS, log-in, IPv6, more than one request a connection, a cache, a limit for an answer's size, protection
-against a slow catalog or client (only 5 seconds of silence end a connection; a byte now and then holds up a stop).
+Ctrl-C, or SIGTERM (which `docker stop` sends), stops it; replies under way are finished first.
+Left out: HTTPS, log-in, IPv6, keep-alive, a cache, a limit for an answer's size, protection against a slow client or
+catalog (5 seconds of silence end a connection, but a byte now and then keeps it, and delays a stop).
 """
 import json
 import os
@@ -30,7 +29,7 @@ from urllib.request import HTTPHandler, OpenerDirector
 
 PORT = os.environ.get("PORT", "8000")
 CATALOG_ADDRESS = os.environ.get("CATALOG_ADDRESS", "127.0.0.1:8080")
-# Why not urlopen()? It would use a proxy, follow redirects, and raise an exception for a 404. opener.open() only asks.
+# Why not urlopen()? It would use a proxy, follow redirects, and raise an exception for a 404. This opener does not.
 opener = OpenerDirector()
 opener.add_handler(HTTPHandler())
 
@@ -48,13 +47,15 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]  # "/lookup/1001?x=1" -> "/lookup/1001"
         route, _, item_id = path.rpartition("/")  # "/lookup/1001" -> "/lookup", "/", "1001"
         if route != "/lookup":
-            return self.send_error(404, f"no such path: {path}; try /lookup/1001")
-        url = f"http://{CATALOG_ADDRESS}/query/{quote(item_id, safe='%')}"  # keep %: it is URL-encoded already
+            self.send_error(404, f"no such path: {path}; try /lookup/1001")
+            return
+        url = f"http://{CATALOG_ADDRESS}/query/{quote(item_id, safe='%')}"  # keep %: item_id is URL-encoded already
         try:
             with opener.open(url, timeout=5) as answer:  # seconds to connect, and seconds of silence
                 body = answer.read()
-        except (OSError, HTTPException, OverflowError, ValueError) as error:  # no network, no HTTP, no valid address
-            reason = str(getattr(error, "reason", error))  # urllib wraps most errors; the cause is their reason
+        except (OSError, HTTPException, OverflowError, ValueError) as error:
+            # A network failure, malformed HTTP, or a bad address. urllib wraps most errors; the cause is their reason.
+            reason = str(getattr(error, "reason", error))
             code = 504 if "timed out" in reason else 502
             hint = "start it, or set CATALOG_ADDRESS to its host:port"
             self.send_error(code, f"no answer from the catalog at {CATALOG_ADDRESS}: {reason}; {hint}")
@@ -72,18 +73,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_error(self, code, message=None, explain=None):
-        """Log an error and reply with it as JSON. The base class calls this too, for a request that it can't serve."""
-        # The base class may pass a longer text, explain, which is not used.
+    def send_error(self, code, message=None, explain=None):  # explain is not used
+        """Log an error and reply with it as JSON. The base class also calls this, for a request that it can't serve."""
         message = message or self.responses[code][0]  # by default the name of the status
-        self.log_error("%s", message)  # not as the format: the message may hold a %
+        self.log_error("%s", message)  # the first argument is a format, and the message may hold a %
         self.reply(code, to_json({"error": {"code": code, "message": message}}))
 
     # ---- A first reading may stop here. Above: the answers. Below: how it runs (slow clients, many clients, stopping).
 
     timeout = 5  # seconds of silence after which the base class disconnects a client
-    wbufsize = -1  # buffer writes, so that headers and a small body are sent together (by default: apart)
-    default_request_version = "HTTP/1.0"  # a first line that can't be read gets a status line and headers, too
+    wbufsize = -1  # buffer what is written, so that headers and a small body are sent together
+    default_request_version = "HTTP/1.0"  # for a line that can't be parsed; by default 0.9: no status line, no headers
 
     def log_message(self, *args):
         """Write a line to the log, stderr. Where it is closed (OSError) or missing (AttributeError), still reply."""
@@ -91,27 +91,28 @@ class Handler(BaseHTTPRequestHandler):
             super().log_message(*args)
 
 
-class Server(ThreadingTCPServer):
+class Server(ThreadingTCPServer):  # ThreadingHTTPServer also looks up this machine's name, which may take seconds
     """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
-    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool.
-    There process_request_thread() makes a Handler, which calls do_GET(); after that it closes the connection.
+    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool. There
+    the base class's process_request_thread() makes a Handler, which calls do_GET(), and then closes the connection.
     """
 
     allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port
     request_queue_size = 1024  # connections that may wait to be accepted
-    timeout = 0.5  # seconds that handle_request() waits for a connection, so that the loop in main() looks at running
-    running = True
-    pool = ThreadPoolExecutor(1000)
+    timeout = 0.5  # handle_request() returns after so many seconds without a connection; main() then looks at running
+    running = True  # until stop()
+    pool = ThreadPoolExecutor(1000)  # starts a thread where none is idle, up to 1000; the system may allow fewer
 
     def process_request(self, request, client_address):
-        """Hand a connection (request is its socket) to the pool. It starts at most 1000 threads and reuses each."""
-        with suppress(RuntimeError):  # no new thread can start; the connection is queued and waits for an old one
+        """Hand a connection to the pool; request is its socket."""
+        with suppress(RuntimeError):  # no further thread can start; submit() has queued it, and an old thread takes it
             self.pool.submit(self.process_request_thread, request, client_address)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # the exception
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
             super().handle_error(request, client_address)
 
     def stop(self, number, frame):
@@ -137,6 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(__doc__)
     main()
