@@ -125,7 +125,7 @@ def main():
     """Serve until Ctrl-C or SIGTERM."""
     try:
         server = Server(("", int(PORT)), Handler)  # "": every IPv4 address of this machine
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # in use, out of range, not a number
         sys.exit(f"front_end: can't listen on PORT={PORT}: {error}")
     signal.signal(signal.SIGINT, server.stop)  # SIGINT is Ctrl-C
     signal.signal(signal.SIGTERM, server.stop)
