@@ -141,7 +141,7 @@ def stop(request):
 
 def test_a_signal_ends_a_service_and_it_can_start_again(start, catalog, front_end, stop):
     for service in (catalog, front_end):
-        begin(service, "GET / HTTP/1.0\r\n\r\n").makefile().read()  # the port now stays in use for a minute
+        begin(service, "GET / HTTP/1.0\r\n\r\n").makefile().read()  # the port stays in use for a minute
         service.send_signal(stop)
         assert service.wait(WAIT) == 0
         start(*service.args, PORT=str(service.port))
@@ -208,7 +208,7 @@ def test_a_bug_leaves_a_traceback(start, tmp_path):
 
 def test_a_client_that_hangs_up_leaves_no_traceback(start, tmp_path):
     for script in ("catalog.py", "front_end.py"):
-        big = edited(script, r'b"\n"', 'b"x" * 10_000_000', tmp_path)  # replies that fill all buffers
+        big = edited(script, r'b"\n"', 'b"x" * 10_000_000', tmp_path)  # fills all buffers
         service = start(PYTHON, big)
         begin(service, "GET / HTTP/1.0\r\n\r\n").close()
         service.wait_for("GET /")
@@ -238,7 +238,7 @@ def wait_until_closed(port):
 
 def test_the_same_signal_again_ends_a_service_at_once(service, stop):
     with begin(service, "G"):  # a request without an end
-        ask(service, "/")  # is answered, so the client before it was accepted
+        ask(service, "/")  # has a reply: the one before it was accepted
         service.send_signal(stop)
         wait_until_closed(service.port)
         service.send_signal(stop)
@@ -250,15 +250,17 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 
 def test_the_readmes_first_command_runs_both_until_ctrl_c(start):
     if os.name != "posix" or is_open(8080) or is_open(8000):
-        pytest.skip("Windows has no sh, or port 8080 or 8000 is in use")
+        pytest.skip("no sh (Windows), or port 8080 or 8000 is in use")
     command = "python3 catalog.py | python3 front_end.py"
     assert command in README
     command = command.replace("python3", shlex.quote(PYTHON))
     services = start("sh", "-c", f"unset PORT CATALOG_ADDRESS; {command}")
-    services.wait_for("catalog: listening on port 8080")
-    services.wait_for("front_end: listening on port 8000")
-    for line in services.log().splitlines():
+    for line in (
+        "catalog: listening on port 8080, try /query/1001",
+        "front_end: listening on port 8000, try /lookup/1001 (catalog at 127.0.0.1:8080)",
+    ):
         assert line in README
+        services.wait_for(line)
     services.send_signal(signal.SIGINT)
     wait_until_closed(8080)
     wait_until_closed(8000)
@@ -352,7 +354,7 @@ def test_the_readme_shows_the_replies(start):
 # ---- Containers ----
 
 TEST = f"test-{os.getpid()}"
-CATALOG, FRONT_END = f"{TEST}-catalog", f"{TEST}-front_end"  # each names an image and its container
+CATALOG, FRONT_END = f"{TEST}-catalog", f"{TEST}-front_end"  # names of image and container
 
 
 def docker(command):
