@@ -390,7 +390,7 @@ def start_container(start, images):
     """start_container(CATALOG, "--network", "x"): start it, with options of docker run."""
 
     def start_container(name, *options):
-        port = "127.0.0.1::80"  # any free port of this machine leads to the container's 80
+        port = "127.0.0.1::80"  # any free port, for the container's 80
         return start("docker", "run", "--name", name, "-p", port, *options, name)
 
     yield start_container
