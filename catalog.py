@@ -3,7 +3,7 @@
     $ python3 catalog.py
     catalog: listening on port 8080, try /query/1001
 
-    $ curl localhost:8080/query/1001
+    $ curl 127.0.0.1:8080/query/1001
     {"data":{"name":"RPCs for Dummies","price":14.99,"quantity":10}}
 
 Setting, from the environment, as in `PORT=9000 python3 catalog.py`:
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, code, body, content_type="application/json"):
         """Send a whole reply: a status code, the headers, and a body of bytes. Every reply is sent by this method."""
-        self.send_response(code)
+        self.send_response(code)  # also logs the request
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 5  # seconds of silence after which the base class disconnects a client
     wbufsize = -1  # buffer what is written, so that headers and a small body are sent together
-    default_request_version = "HTTP/1.0"  # for a line that can't be parsed; by default 0.9: no status line, no headers
+    default_request_version = "HTTP/1.0"  # for a request line without a valid version; by default 0.9: a body alone
 
     def log_message(self, *args):
         """Write a line to the log, stderr. Where it is closed (OSError) or missing (AttributeError), still reply."""
@@ -84,8 +84,8 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingTCPServer):  # ThreadingHTTPServer also looks up this machine's name, which may take seconds
     """Accepts connections and lets a pool of threads serve them. Below is only what differs from the base class.
 
-    handle_request() accepts a connection and calls process_request(), which hands it to a thread of the pool. There
-    the base class's process_request_thread() makes a Handler, which calls do_GET(), and then closes the connection.
+    handle_request() accepts a connection and calls process_request(), which gives it to the pool. One of its threads
+    runs the base class's process_request_thread(): it makes a Handler, which calls do_GET(), and closes the connection.
     """
 
     allow_reuse_address = os.name != "nt"  # start right after a stop; on Windows two programs would share the port
@@ -95,14 +95,14 @@ class Server(ThreadingTCPServer):  # ThreadingHTTPServer also looks up this mach
     pool = ThreadPoolExecutor(1000)  # starts a thread where none is idle, up to 1000; the system may allow fewer
 
     def process_request(self, request, client_address):
-        """Hand a connection to the pool; request is its socket."""
-        with suppress(RuntimeError):  # no further thread can start; submit() has queued it, and an old thread takes it
+        """Give a connection to the pool; request is its socket."""
+        with suppress(RuntimeError):  # no new thread can start; submit() has queued it, and a running thread takes it
             self.pool.submit(self.process_request_thread, request, client_address)
 
     def handle_error(self, request, client_address):
-        """Log the traceback of a bug in Handler. A client that has closed the connection is not a bug."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, ConnectionError):
+        """Log the traceback of a bug in Handler. A client that hangs up or reads nothing is not a bug."""
+        error = sys.exc_info()[1]  # the exception being handled
+        if not isinstance(error, (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
     def stop(self, number, frame):
@@ -113,11 +113,13 @@ class Server(ThreadingTCPServer):  # ThreadingHTTPServer also looks up this mach
 
 def main():
     """Serve until Ctrl-C or SIGTERM."""
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)  # there are no arguments: print the docstring, end with status 1
     try:
         server = Server(("", int(PORT)), Handler)  # "": every IPv4 address of this machine
     except (OSError, OverflowError, ValueError) as error:  # in use, out of range, not a number
         sys.exit(f"catalog: can't listen on PORT={PORT}: {error}")
-    signal.signal(signal.SIGINT, server.stop)  # SIGINT is Ctrl-C
+    signal.signal(signal.SIGINT, server.stop)  # from now on Ctrl-C, which is SIGINT, calls stop()
     signal.signal(signal.SIGTERM, server.stop)
     print(f"catalog: listening on port {server.server_address[1]}, try /query/1001", file=sys.stderr)
     while server.running:
