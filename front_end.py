@@ -124,7 +124,7 @@ class Server(ThreadingTCPServer):  # ThreadingHTTPServer also looks up this mach
 def main():
     """Serve until Ctrl-C or SIGTERM."""
     if len(sys.argv) > 1:
-        sys.exit(__doc__)  # there are no arguments: print the docstring, end with status 1
+        sys.exit(__doc__)  # it takes no arguments: print the docstring, end with status 1
     try:
         server = Server(("", int(PORT)), Handler)  # "": every IPv4 address of this machine
     except (OSError, OverflowError, ValueError) as error:  # in use, out of range, not a number
